@@ -19,6 +19,7 @@ from mediphi.data import store_writer
 from mediphi.data.encoding import (
     TextEncoder,
     WordEncoder,
+    _bytes_per_id,
     make_encoder,
     plain_text_json,
     splits_at_words,
@@ -104,7 +105,8 @@ def test_merges_that_cross_words_switch_word_encoding_off():
     text = "acute heart failure"
     assert encoder.encode([text]).ids.tolist() == crossing.encode(text).ids
     # and for a reason: word by word would give other ids
-    words_only = WordEncoder(json.loads(plain))
+    num_bytes = _bytes_per_id(json.loads(plain)["model"]["vocab"])
+    words_only = WordEncoder(Tokenizer.from_str(plain), num_bytes=num_bytes)
     assert words_only.encode([text]).ids.tolist() != crossing.encode(text).ids
 
 

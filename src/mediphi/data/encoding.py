@@ -10,19 +10,20 @@ Text is plain: a control token such as `<|end|>` spelled in a document stays ord
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha256
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from mediphi.data.packing import expand
 
 MARK = "▁"
 _CROSSING = re.compile(rf"[^{MARK}\0]{MARK}|[^\0]\n")
-_WORDS = re.compile(rf"{MARK}+[^{MARK}\n]*|\n[^{MARK}\n]*")
 _NORMALIZERS = [
     {"type": "Prepend", "prepend": MARK},
     {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
@@ -52,7 +53,25 @@ class Encoded(NamedTuple):
     lengths: NDArray[np.int64]
 
 
+class Words(NamedTuple):
+    """Texts as words.
+
+    Attributes:
+        different: each word once, UTF-8.
+        index: int32 `[words]`, which of `different`.
+        stops: int64 `[texts + 1]`, words before each text.
+    """
+
+    different: pa.LargeBinaryArray
+    index: NDArray[np.int32]
+    stops: NDArray[np.int64]
+
+
 class Encoder(Protocol):
+    """`encode` is `look_up` of `split`; `split` may run ahead in another thread."""
+
+    def split(self, texts: Sequence[str]) -> Any: ...
+    def look_up(self, words: Any) -> Encoded: ...
     def encode(self, texts: Sequence[str]) -> Encoded: ...
 
 
@@ -63,7 +82,12 @@ def plain_text_json(tokenizer: Any) -> str:
     hash is the tokenizer's identity for the token store.
     """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
-    spec = json.loads(backend.to_str())
+    return _plain_text_json(backend.to_str())
+
+
+@lru_cache(maxsize=2)
+def _plain_text_json(full_json: str) -> str:
+    spec = json.loads(full_json)
     spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return json.dumps(spec, sort_keys=True, ensure_ascii=False)
 
@@ -76,9 +100,10 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def make_encoder(plain_json: str) -> Encoder:
     """The fastest encoder that gives exactly the ids of this tokenizer (`plain_text_json`)."""
     spec = json.loads(plain_json)
+    library = Tokenizer.from_str(plain_json)
     if splits_at_words(spec):
-        return WordEncoder(spec)
-    return TextEncoder(plain_json)
+        return WordEncoder(library, num_bytes=_bytes_per_id(spec["model"]["vocab"]))
+    return TextEncoder(library)
 
 
 def splits_at_words(spec: dict[str, Any]) -> bool:
@@ -111,15 +136,19 @@ def splits_at_words(spec: dict[str, Any]) -> bool:
 class TextEncoder:
     """Whole texts through the library, in parallel over cores."""
 
-    def __init__(self, plain_json: str) -> None:
-        self._tokenizer = Tokenizer.from_str(plain_json)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode texts; an empty one has no ids."""
-        return _flat([e.ids for e in self._encode_batch(texts)])
+        return self.look_up(self.split(texts))
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    def split(self, texts: Sequence[str]) -> list[str]:
+        return list(texts)
+
+    def look_up(self, words: list[str]) -> Encoded:
+        encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        return _flat([encoding.ids for encoding in encodings])
 
 
 class WordEncoder:
@@ -130,26 +159,30 @@ class WordEncoder:
     whose ids are whose, since byte fallback loses none.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self._library = TextEncoder(json.dumps({**spec, "normalizer": None}))
-        self._num_bytes = _bytes_per_id(spec["model"]["vocab"])
+    def __init__(self, tokenizer: Tokenizer, *, num_bytes: NDArray[np.int64]) -> None:
+        """Takes the tokenizer over; `num_bytes` is the UTF-8 size of each id's text."""
+        tokenizer.normalizer = normalizers.Sequence([])  # words come normalised
+        self._library = TextEncoder(tokenizer)
+        self._num_bytes = num_bytes
         self._forget()
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode texts; an empty one has no ids."""
+        return self.look_up(self.split(texts))
+
+    def split(self, texts: Sequence[str]) -> Words:
+        return _split(texts)
+
+    def look_up(self, words: Words) -> Encoded:
         if len(self._rows) > _MAX_WORDS:
             self._forget()
-        words: list[str] = []
-        ends = [0]
-        for text in texts:
-            if text:
-                words += _WORDS.findall(MARK + text.replace(" ", MARK))
-            ends.append(len(words))
-        rows = np.fromiter(map(self._rows.__getitem__, words), dtype=np.int64, count=len(words))
+        known = map(self._rows.__getitem__, words.different.to_pylist())
+        rows = np.fromiter(known, dtype=np.int64, count=len(words.different))
         self._learn()
+        rows = rows[words.index]
         lengths = self._lengths[rows]
-        stops = np.concatenate([[0], np.cumsum(lengths)])
-        return Encoded(self._ids[expand(self._starts[rows], lengths)], np.diff(stops[ends]))
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        return Encoded(self._ids[expand(self._starts[rows], lengths)], np.diff(ends[words.stops]))
 
     def _forget(self) -> None:
         self._rows = _Rows()
@@ -158,7 +191,7 @@ class WordEncoder:
         self._lengths = np.empty(0, dtype=np.int64)
 
     def _learn(self) -> None:
-        new = self._rows.take_new()
+        new = [word.decode().replace(" ", MARK) for word in self._rows.take_new()]
         if not new:
             return
         firsts = range(0, len(new), _JOINED_WORDS)
@@ -174,21 +207,48 @@ class WordEncoder:
         self._lengths = np.concatenate([self._lengths, lengths])
 
 
-class _Rows(dict[str, int]):
+class _Rows(dict[bytes, int]):
     """Word -> row; a word asked for the first time gets the next row."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._new: list[str] = []
+        self._new: list[bytes] = []
 
-    def __missing__(self, word: str) -> int:
+    def __missing__(self, word: bytes) -> int:
         self._new.append(word)
         row = self[word] = len(self)
         return row
 
-    def take_new(self) -> list[str]:
+    def take_new(self) -> list[bytes]:
         new, self._new = self._new, []
         return new
+
+
+def _split(texts: Sequence[str]) -> Words:
+    """The words of all texts.
+
+    A word is a run of blanks with what follows up to the next blank or newline, or a newline with
+    what follows. The blank that the tokenizer prepends to a text is there, and `MARK` is a blank:
+    the tokenizer makes no difference. Works on the bytes of all texts at once, since a Python
+    string per word would cost five times as much.
+    """
+    parts = [(" " + text.replace(MARK, " ")).encode() if text else b"" for text in texts]
+    joined = b"".join(parts)
+    characters = np.frombuffer(joined, dtype=np.uint8)
+    is_start = characters == ord(" ")
+    is_start[1:] &= ~is_start[:-1]
+    is_start |= characters == ord("\n")
+    ends = np.cumsum([0, *map(len, parts)])
+    is_start[ends[:-1][np.diff(ends) > 0]] = True
+    starts = np.flatnonzero(is_start)
+    offsets = pa.py_buffer(np.append(starts, len(joined)))
+    words = pa.Array.from_buffers(
+        pa.large_binary(), len(starts), [None, offsets, pa.py_buffer(joined)]
+    )
+    encoded = words.dictionary_encode()
+    # Not `to_numpy`, which imports pandas: a third of a second.
+    index = np.frombuffer(encoded.indices.buffers()[1], dtype=np.int32, count=len(starts))
+    return Words(encoded.dictionary, index, np.searchsorted(starts, ends))
 
 
 def _bytes_per_id(vocab: dict[str, int]) -> NDArray[np.int64]:

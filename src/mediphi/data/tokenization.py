@@ -10,8 +10,10 @@ import os
 import shutil
 import socket
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,9 +117,10 @@ def _write(
     key: StoreKey,
 ) -> StoreManifest:
     sources: dict[str, int] = {}
-    batches = ahead(_batches(documents, sources), depth=2)
+    encode = _encode_here if num_workers == 0 else partial(_encode_in_workers, num=num_workers)
+    batches = encode(_batches(documents, sources), plain_json)
     try:
-        for batch, encoded in _encode_batches(batches, plain_json, num_workers):
+        for batch, encoded in batches:
             writer.write(batch, encoded)
         return writer.finish(key, tuple(sources))
     finally:
@@ -149,21 +152,33 @@ def _batches(documents: Iterable[Rendered], sources: dict[str, int]) -> Iterator
         yield batch
 
 
-def _encode_batches(
-    batches: Iterable[Batch], plain_json: str, num_workers: int
-) -> Iterator[tuple[Batch, Encoded]]:
-    if num_workers == 0:
-        encoder = make_encoder(plain_json)
-        for batch in batches:
-            yield batch, encoder.encode(batch.texts)
-        return
-    with ProcessPoolExecutor(
-        num_workers, get_context("spawn"), initializer=_start_worker, initargs=(plain_json,)
-    ) as pool:
-        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
-        for batch in batches:
+def _encode_here(
+    batches: Iterable[Batch], plain_json: str
+) -> Generator[tuple[Batch, Encoded], None, None]:
+    """Reading and splitting in a thread, looking words up here: both mostly without the GIL."""
+    encoder = make_encoder(plain_json)
+    split = ahead(((batch, encoder.split(batch.texts)) for batch in batches), depth=2)
+    try:
+        for batch, words in split:
+            yield batch, encoder.look_up(words)
+    finally:
+        split.close()
+
+
+def _encode_in_workers(
+    batches: Iterable[Batch], plain_json: str, *, num: int
+) -> Generator[tuple[Batch, Encoded], None, None]:
+    read = ahead(batches, depth=2)
+    waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+    with (
+        closing(read),
+        ProcessPoolExecutor(
+            num, get_context("spawn"), initializer=_start_worker, initargs=(plain_json,)
+        ) as pool,
+    ):
+        for batch in read:
             waiting.append((batch, pool.submit(_encode_in_worker, batch.texts)))
-            if len(waiting) > num_workers:
+            if len(waiting) > num:
                 done, encoded = waiting.popleft()
                 yield done, encoded.result()
         for done, encoded in waiting:
