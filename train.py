@@ -1,7 +1,12 @@
 """Compose the config with Hydra, judge it with the schema, run one stage."""
 
 import os
+import signal
 from pathlib import Path
+
+# Until a stage can save its state, Ctrl-C ends without a traceback; imports take a while.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from omegaconf import DictConfig

@@ -88,14 +88,10 @@ def write_texts(file: Path, *, toy: bool) -> dict[str, int]:
     return size
 
 
-class DocumentPiece(NamedTuple):
-    text: str
-    kind: str = "document"
-
-
 def run_ours(texts: Path, folder: Path) -> Callable[[], Any]:
     from mediphi.data.encoding import tokenizer_sha256
     from mediphi.data.plan import PlanSettings, TrainingPlan
+    from mediphi.data.render import Piece, Rendered
     from mediphi.data.tokenization import build_store
     from mediphi.data.tokens import StoreKey
 
@@ -103,7 +99,9 @@ def run_ours(texts: Path, folder: Path) -> Callable[[], Any]:
     eos_id = tok.token_to_id("<|endoftext|>")
 
     def work() -> TrainingPlan:
-        documents = ((r["id"], "a", [DocumentPiece(r["text"])]) for r in read_texts(texts))
+        documents = (
+            Rendered(r["id"], "a", [Piece("document", r["text"])]) for r in read_texts(texts)
+        )
         key = StoreKey(tokenizer_sha256(tok), "benchmark", "benchmark", "train", eos_id)
         store = build_store(documents, cache=folder, tokenizer=tok, key=key)
         settings = PlanSettings(kinds=("document",), capacity=CAPACITY, global_batch=1)

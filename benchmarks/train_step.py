@@ -107,7 +107,7 @@ def bundled_texts() -> list[str]:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = load(compose("config", [f"corpus={corpus}", f"paths.assets={ROOT}/assets"]))
         with read_documents(config.corpus) as reading:
-            corpora.append([document.text for document in reading.documents("train")])
+            corpora.append([document.text for document in reading.records("train")])
     smallest = min(map(len, corpora))
     chosen = [text for texts in corpora for text in random.Random(0).sample(texts, smallest)]
     random.Random(0).shuffle(chosen)

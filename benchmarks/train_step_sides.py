@@ -61,11 +61,6 @@ class Run(NamedTuple):
     peak_mib: float
 
 
-class Piece(NamedTuple):
-    text: str
-    kind: str = "document"
-
-
 class Meter:
     """Starts and stops the clocks; counts tokens and FLOPs of what lies between."""
 
@@ -142,13 +137,16 @@ def packed_data(task: Task, folder: Path) -> Any:
     from mediphi.data.datamodule import PackedDataModule
     from mediphi.data.encoding import tokenizer_sha256
     from mediphi.data.plan import PlanSettings, TrainingPlan
+    from mediphi.data.render import Piece, Rendered
     from mediphi.data.tokenization import build_store
     from mediphi.data.tokens import StoreKey
 
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     data = f"{len(task.texts)} documents"
     key = StoreKey(tokenizer_sha256(tokenizer), "benchmark", data, "train", task.train[0][-1])
-    documents = ((f"d/{i}", "d", [Piece(text)]) for i, text in enumerate(task.texts))
+    documents = (
+        Rendered(f"d/{i}", "d", [Piece("document", text)]) for i, text in enumerate(task.texts)
+    )
     store = build_store(documents, cache=folder, tokenizer=tokenizer, key=key)
     same = [i for ids in task.train for i in ids] == store.gather(
         np.arange(store.num_tokens)
@@ -163,16 +161,20 @@ def packed_data(task: Task, folder: Path) -> Any:
 def our_module(task: Task, data: Any) -> Any:
     from mediphi.backbone import BackboneSpec
     from mediphi.config.schema import Optimizer, Phase
-    from mediphi.modules.causal_lm import CausalLMModule
+    from mediphi.modules.language_model import LanguageModelModule
     from mediphi.records import PIECE_KINDS
 
-    return CausalLMModule(
+    return LanguageModelModule(
         backbone=BackboneSpec(task.model, "pretrained", "main", "sdpa"),
         phase=Phase(lr=LR, schedule="constant"),
         optimizer=Optimizer(beta2=0.999, weight_decay=0.0),  # TRL's
         num_steps=data.train_plan.num_steps,
         splits=data.train_plan.accumulate,
-        group_names={"kind": PIECE_KINDS, "source": data.source_names},
+        group_names={
+            "kind": PIECE_KINDS,
+            "source": data.group_names["source"],
+            "task": data.group_names["task_type"],
+        },
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "config"
+PARTNERS = {"sft": "mediflow", "dpo": "mediflow_dpo"}
 PLACES = {"MEDIPHI_ROOT": ".", "MEDIPHI_RUNS": "runs", "MEDIPHI_CACHE": ".cache/mediphi"}
 
 
@@ -27,6 +28,17 @@ def cases() -> dict[str, list[str]]:
     return found
 
 
+def partnered(overrides: list[str]) -> list[str]:
+    """A stage with a corpus that it can read, a corpus with a stage that can read it."""
+    text = " ".join(overrides)
+    for stage, corpus in PARTNERS.items():
+        if f"stage={stage}" in text:
+            return [*overrides, f"corpus={corpus}"]
+        if any(o in (f"corpus={corpus}", f"corpus=paper/{corpus}") for o in overrides):
+            return [*overrides, f"stage={stage}"]
+    return overrides
+
+
 def resolved(overrides: list[str]) -> str:
     """The judged config as YAML, the same on every machine."""
     from mediphi.config import dump, load
@@ -37,7 +49,8 @@ def resolved(overrides: list[str]) -> str:
     os.environ.update(PLACES)
     try:
         tame_hydra()
-        return dump(load(compose(make_loader(ROOT / "conf"), "config", overrides)))
+        loader = make_loader(ROOT / "conf")
+        return dump(load(compose(loader, "config", partnered(overrides))))
     finally:
         for key, value in before.items():
             os.environ.pop(key)

@@ -107,24 +107,19 @@ def results(runs: Sequence[Line]) -> str:
 
 
 def _run(run: Line) -> Iterator[str]:
-    from mediphi.evaluate.scores import QuizResult, quiz_table
+    from mediphi.announcement import read_exam
 
     yield f"`{run['command']}`"
-    quiz = {
-        moment: [QuizResult(**row) for row in rows.values()]
-        for moment, rows in run["metrics"]["quiz"].items()
-    }
-    if quiz:
-        first, *rows = quiz_table(quiz)
-        yield "What does code X mean? Four options, by length-normalised log-likelihood:"
-        yield markdown(first, rows)
+    if exam := read_exam(run["metrics"]):
+        yield exam.title
+        yield markdown(exam.rows[0], exam.rows[1:])
     yield markdown(("measured", "value"), list(_measured(run)))
     conf = ROOT / "conf" / "corpus" / f"{run['corpus']}.yaml"
     yield f"The corpus: {header(conf)}" if conf.is_file() else f"The corpus: {run['corpus']}."
 
 
 def _measured(run: Line) -> Iterator[tuple[str, str]]:
-    yield "training, quizzes and export", f"{run['seconds']:.0f} s"
+    yield "training, exams and export", f"{run['seconds']:.0f} s"
     yield "machine", f"{run['device']}, {run['precision']}"
     for key in ("parameters", "steps", "tokens"):
         if run.get(key):

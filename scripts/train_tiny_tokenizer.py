@@ -42,7 +42,7 @@ def texts(corpus: str, share: int) -> Iterator[str]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = load(compose("config", [f"corpus={corpus}", f"paths.assets={ROOT}/assets"]))
     with read_documents(config.corpus) as reading:
-        yield from (d.text for n, d in enumerate(reading.documents("train")) if n % share == 0)
+        yield from (d.text for n, d in enumerate(reading.records("train")) if n % share == 0)
 
 
 def train() -> Tokenizer:

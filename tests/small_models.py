@@ -87,6 +87,7 @@ def packed(documents: Sequence[torch.Tensor], *, num_global_targets: int | None 
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
         kind_ids=zeros,
         source_ids=zeros,
+        task_ids=zeros,
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         max_seqlen=max(lengths),
         num_global_targets=num_global_targets or sum(lengths) - len(lengths),

@@ -1,5 +1,6 @@
 """Real fits of a small model on a small store, for one process or several."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from toy_store import TEXT, Piece, toy_store
+from toy_store import TEXT, Piece, phi_like_tokenizer, toy_store
 
 from mediphi import engine
 from mediphi.backbone import BackboneSpec
 from mediphi.checkpointing import SafeCheckpointIO
 from mediphi.config.schema import Hardware, Optimizer, Phase
-from mediphi.data.datamodule import PackedDataModule
-from mediphi.data.plan import PlanSettings
-from mediphi.data.tokens import TokenStore
+from mediphi.data.datamodule import PackedDataModule, References
+from mediphi.data.encoding import tokenizer_sha256
+from mediphi.data.plan import PAIR_KINDS, Layout, PlanSettings
+from mediphi.data.render import Rendered
+from mediphi.data.tokenization import build_store
+from mediphi.data.tokens import StoreKey, TokenStore
 from mediphi.modules.causal_lm import CausalLMModule
-from mediphi.records import PIECE_KINDS
+from mediphi.modules.dpo import DpoModule, Objective
+from mediphi.modules.language_model import LanguageModelModule
+from mediphi.records import PIECE_KINDS, PieceKind
 
 SETTINGS = PlanSettings(kinds=PIECE_KINDS, capacity=48, global_batch=4, max_steps=5)
 CPU = engine.Device(type="cpu", name="test", precision="32-true", kernel="sdpa")
@@ -44,23 +50,61 @@ def unequal_store(cache: Path) -> TokenStore:
     return toy_store(cache, documents, data="unequal")
 
 
+Sizes = tuple[int, int, int]
+"""Tokens of a pair's prompt, chosen and rejected answer."""
+ERRORS = ("spelling errors", "brevity")
+
+
+def random_pairs(cache: Path, sizes: Sequence[Sizes], *, vocab: int = 4000) -> TokenStore:
+    """Pairs of random tokens."""
+    rng, tokenizer = np.random.default_rng(5), phi_like_tokenizer()
+
+    def piece(kind: PieceKind, size: int) -> Piece:
+        return Piece(kind, "", tuple(rng.integers(3, vocab, size).tolist()), ())
+
+    kinds: tuple[PieceKind, ...] = ("user", "chosen", "rejected")
+    documents = [
+        Rendered(
+            f"a/{number}",
+            "a",
+            [piece(kind, size) for kind, size in zip(kinds, own, strict=True)],
+            {"task_type": "summarization", "error_type": ERRORS[number % 2]},
+        )
+        for number, own in enumerate(sizes)
+    ]
+    key = StoreKey(tokenizer_sha256(tokenizer), "random", f"{vocab} {sizes}", "train", 0)
+    return build_store(documents, cache=cache, tokenizer=tokenizer, key=key)
+
+
+def pair_settings(layout: Layout = "shared_pairs", **changes: Any) -> PlanSettings:
+    return replace(PlanSettings(PAIR_KINDS, 48, 4, layout=layout), **changes)
+
+
 def differs(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """Largest difference of any weight."""
     return max(float((left[n] - right[n]).abs().max()) for n in left)
 
 
-class SgdModule(CausalLMModule):
+class Sgd(CausalLMModule):
     """AdamW divides a wrong scale of the gradient away; plain SGD shows it."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.3)
 
 
+class SgdModule(Sgd, LanguageModelModule):
+    """Next tokens by plain SGD."""
+
+
+class SgdDpoModule(Sgd, DpoModule):
+    """Preferences by plain SGD."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """What a fit left behind."""
 
-    module: CausalLMModule
+    module: Any
     data: PackedDataModule
     heldout: list[dict[str, float]]
     train: dict[str, float]
@@ -70,36 +114,60 @@ class Fit:
         return {n: p.detach().clone() for n, p in self.module.backbone.named_parameters()}
 
 
-def make_module(
-    folder: Path, data: PackedDataModule, *, sgd: bool = True, **changes: Any
-) -> CausalLMModule:
+def spec_of(folder: Path) -> BackboneSpec:
+    return BackboneSpec(
+        str(folder), init="random", revision="main", kernel="sdpa", loss_chunk_tokens=13
+    )
+
+
+def options_of(folder: Path, data: PackedDataModule) -> dict[str, Any]:
+    """What the modules of all stages take."""
     plan = data.train_plan
-    options: dict[str, Any] = {
-        "backbone": BackboneSpec(
-            str(folder), init="random", revision="main", kernel="sdpa", loss_chunk_tokens=13
-        ),
+    return {
+        "backbone": spec_of(folder),
         "phase": Phase(lr=1e-2, schedule="linear"),
         "optimizer": Optimizer(),
         "num_steps": plan.num_steps,
         "splits": plan.accumulate * data.settings.world_size,
-        "group_names": {"kind": PIECE_KINDS, "source": data.source_names},
     }
-    return (SgdModule if sgd else CausalLMModule)(**{**options, **changes})
+
+
+def make_module(
+    folder: Path, data: PackedDataModule, *, sgd: bool = True, **changes: Any
+) -> LanguageModelModule:
+    names = data.group_names
+    groups = {"kind": PIECE_KINDS, "source": names["source"], "task": names["task_type"]}
+    options = {**options_of(folder, data), "group_names": groups, **changes}
+    return (SgdModule if sgd else LanguageModelModule)(**options)
+
+
+def make_dpo_module(
+    folder: Path, data: PackedDataModule, *, sgd: bool = True, **changes: Any
+) -> DpoModule:
+    names = data.group_names
+    groups = {"source": names["source"], "error": names["error_type"], "task": names["task_type"]}
+    options = {**options_of(folder, data), "group_names": groups, "objective": Objective()}
+    return (SgdDpoModule if sgd else DpoModule)(**{**options, **changes})
 
 
 def fit(
     folder: Path,
     store: TokenStore,
     *,
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, Any] | PlanSettings | None = None,
     heldout: TokenStore | None = None,
     clip: float | None = None,
     callbacks: Any = (),
+    make: Callable[..., CausalLMModule] = make_module,
+    references: References | None = None,
     **module_changes: Any,
 ) -> Fit:
-    chosen = replace(SETTINGS, **(settings or {}))
-    data = PackedDataModule(store, heldout=heldout, settings=chosen, max_heldout_rows=5)
-    module = make_module(folder, data, **module_changes)
+    is_whole = isinstance(settings, PlanSettings)
+    chosen = settings if is_whole else replace(SETTINGS, **(settings or {}))
+    data = PackedDataModule(
+        store, heldout=heldout, settings=chosen, max_heldout_rows=5, references=references
+    )
+    module = make(folder, data, **module_changes)
     logged: list[dict[str, float]] = []
     trainer = engine.make_trainer(
         Hardware(accelerator="cpu", devices=chosen.world_size),

@@ -23,6 +23,7 @@ from mediphi.backbone import (
     load_tokenizer,
     original_positions,
     reload_and_compare,
+    resolve_folder,
 )
 from mediphi.errors import ArtifactError, UserError
 
@@ -325,6 +326,33 @@ def test_a_missing_folder_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json") as error:
         build_model(spec(tmp_path / "nowhere", init="pretrained"))
     one_line(error)
+
+
+# --- run directories in place of model folders
+
+
+def test_a_run_directory_stands_for_its_model(exported: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(exported, run_dir / "model")
+    (run_dir / "config.yaml").write_text("# config_hash: 1234\n")
+    assert resolve_folder(str(run_dir)) == str(run_dir / "model")
+    build_model(spec(resolve_folder(str(run_dir)), init="pretrained"))
+
+
+def test_a_model_folder_or_hub_id_stands_for_itself(exported: Path, tmp_path: Path):
+    shutil.copytree(exported, tmp_path / "m")
+    shutil.copytree(exported, tmp_path / "m" / "model")  # config.json above decides
+    for path in (str(tmp_path / "m"), "microsoft/Phi-3.5-mini-instruct", str(tmp_path / "none")):
+        assert resolve_folder(path) == path
+
+
+def test_an_unfinished_run_is_refused_in_one_line(exported: Path, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("# config_hash: 1234\n")
+    # the model of a phase before the last one is not the run's
+    shutil.copytree(exported, tmp_path / "checkpoints" / "phase1" / "model")
+    with pytest.raises(UserError, match="is not finished: run the same command again") as error:
+        resolve_folder(str(tmp_path))
+    assert str(tmp_path) in one_line(error)
 
 
 # --- tokenizers

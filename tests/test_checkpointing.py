@@ -5,15 +5,19 @@ import json
 import os
 import random
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.plugins import TorchCheckpointIO
 from toy_training import exit_code, save, save_for_ever, start, wait_for_newer
 
 from mediphi.checkpointing import (
     SafeCheckpointIO,
     last_checkpoint,
+    remove_checkpoints,
     step_folder,
     step_of,
 )
@@ -55,6 +59,54 @@ def test_kill_during_saves_leaves_a_valid_last_checkpoint(
     retain(folder, 2)
     names = sorted(p.name for p in folder.iterdir())
     assert len(names) == 3 and names[0] == "last", names  # no litter
+
+
+# --- places -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty `$TMPDIR` on another file system, so that nothing can be renamed out of it."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    with tempfile.TemporaryDirectory(dir=shm) as name:
+        monkeypatch.setenv("TMPDIR", name)
+        monkeypatch.setattr(tempfile, "tempdir", None)  # looked up anew
+        assert tempfile.gettempdir() == name
+        yield Path(name)
+
+
+def untouched(folder: Path) -> int:
+    """Set a folder's time of change to 0; any file made, renamed or deleted in it sets it anew."""
+    os.utime(folder, (0, 0))
+    return folder.stat().st_mtime_ns
+
+
+def test_a_checkpoint_is_written_beside_its_place_and_nowhere_else(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's own writer is the negative control: it stages in `$TMPDIR`.
+
+    No rename crosses file systems, so what arrives from there is copied, and a kill while it is
+    copied leaves half a file under the final name.
+    """
+    folder, here = tmp_path / "checkpoints", tmp_path / "here"
+    for made in (folder, here):
+        made.mkdir()
+    monkeypatch.chdir(here)
+    others = (elsewhere, here, tmp_path)
+    assert [untouched(other) for other in others] == [0, 0, 0]
+    save(folder, 1)
+    save(folder, 1)  # in the place of another
+    assert [other.stat().st_mtime_ns for other in others] == [0, 0, 0]
+    assert sorted(p.name for p in folder.iterdir()) == ["last", "step-00000001"]
+    TorchCheckpointIO().save_checkpoint({"global_step": 1}, str(folder / "theirs.ckpt"))
+    assert (folder / "theirs.ckpt").exists()
+    assert elsewhere.stat().st_mtime_ns > 0
+    (elsewhere / "file").touch()
+    with pytest.raises(OSError, match="cross-device"):
+        (elsewhere / "file").rename(folder / "file")
 
 
 # --- bits and files -----------------------------------------------------------------------------
@@ -158,6 +210,17 @@ def test_retention_never_deletes_the_only_valid_one(tmp_path: Path) -> None:
         flip(damaged / "state.pt", 800)
     retain(tmp_path, 1)
     assert made[0] in checkpoints_in(tmp_path)
+
+
+def test_states_of_a_phase_that_is_done_go_and_its_model_stays(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    flip(tmp_path / "step-00000002" / "state.pt", 800)  # a damaged one is no use either
+    (tmp_path / "model").mkdir()
+    for _ in range(2):  # a kill half-way asks for it once more
+        remove_checkpoints(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    remove_checkpoints(tmp_path / "absent")
 
 
 def test_pointer_names_the_newest(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ ALLOWED = {
     "door": {"config", "errors"},
     "sweep": {"artifacts", "config", "data", "door", "errors"},
     "engine": CONTRACTS | {"attention"},
-    "backbone": CONTRACTS | {"attention"},
+    "backbone": CONTRACTS | {"attention", "lora"},
+    "lora": CONTRACTS,
     "tracking": CONTRACTS | {"artifacts"},
     "checkpointing": CONTRACTS | {"artifacts"},
 }

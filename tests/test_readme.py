@@ -250,11 +250,13 @@ def test_markers_are_refused_when_torn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def finished_run(folder: Path, overrides: list[str], accuracy: float) -> Path:
     """A run directory as a stage leaves it, without the training."""
-    row = {"difficulty": "easy", "num_questions": 300, "accuracy": accuracy, "low": 0.4}
-    row |= {"high": 0.6, "margin": 0.1, "chance": 0.25}
-    quiz = {"before": {"easy": row}, "after phase2": {"easy": row}}
+    row = {"group": "easy", "num_items": 300, "score": accuracy, "low": 0.4, "high": 0.6}
+    row |= {"chance": 0.25}
+    results = {"before": {"easy": row}, "after phase2": {"easy": row}}
+    gain = {"easy": {"mean": 0.0, "low": -0.1, "high": 0.1}}
+    exam = {"title": "Quiz", "noun": "questions", "results": results, "gain": gain}
     metrics = {"objective": {"name": "quiz/easy", "value": accuracy}, "heldout/loss": 2.5}
-    (folder / "metrics.json").write_text(json.dumps({**metrics, "quiz": quiz}))
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "exam": exam}))
     extra = {"stage": "pit", "corpus": "medcode", "model": "tiny", "device": "2-core CPU"}
     publish(
         folder,
@@ -273,7 +275,7 @@ def test_a_run_becomes_a_row_with_its_command(
     run = module.kept_run(finished_run(tmp_path, ["stage=pit", "corpus=medcode"], 0.543))
     text = module.results([run])
     assert run["command"] == "python train.py stage=pit corpus=medcode"
-    assert "| after phase2 | 54.3 % [40.0, 60.0] |" in text
+    assert "| easy | 54.3 % [40.0, 60.0] | 54.3 % [40.0, 60.0] | +0.0 [-10.0, +10.0] |" in text
     assert "| 123 s |" in text and "| 1,800, 40 |" in text
 
 

@@ -12,6 +12,7 @@ from mediphi.tracking.csv_log import CsvLogger
 from mediphi.tracking.names import header
 
 KINDS = ["document", "summary"]
+NAMES = header("tokens", {"kind": KINDS, "source": ["icd10cm"]})
 QUIZ = Table("Quiz", ("when", "easy"), [("before", "25.0 %"), ("after <2>", "72.4 %")], "chance")
 
 
@@ -33,7 +34,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    logger = CsvLogger(tmp_path / "metrics.csv", header(kinds=KINDS, sources=["icd10cm"]))
+    logger = CsvLogger(tmp_path / "metrics.csv", NAMES)
     for number, phase in enumerate(("phase1", "phase2")):
         logger.begin_phase(phase, first_step=40 * number, resumed_step=None)
         for step in (10, 20, 30, 40):
@@ -87,6 +88,32 @@ def test_every_chart_is_valid_svg_with_a_description_and_units(run_dir: Path) ->
     assert all("phase2" in text and "optimizer step" in text for text in texts)
 
 
+def test_a_preference_run_shows_margin_and_accuracy_and_a_loss_without_unit(tmp_path: Path) -> None:
+    names = header("pairs", {"error": ["ambiguity", "spelling errors"]})
+    logger = CsvLogger(tmp_path / "metrics.csv", names)
+    logger.begin_phase("dpo", first_step=0, resumed_step=None)
+    row = {"train/loss": 0.69, "heldout/loss": 0.7, "heldout/margin": 0.1, "train/accuracy": 0.5}
+    by_error = {f"heldout/accuracy/error/{e}": 0.5 for e in ("ambiguity", "spelling errors")}
+    logger.log_metrics({**row, **by_error}, step=10)
+    page = write_report(tmp_path, title="dpo", metrics_csv=tmp_path / "metrics.csv").read_text()
+    text = Reader(page).text
+    assert "Loss per pair over" in text and "nats/token" not in text
+    assert "Margin over optimizer steps: held-out from 0.1 to 0.1." in text
+    assert "Accuracy over optimizer steps: ambiguity from 0.5 to 0.5; spelling errors" in text
+    assert "accuracy (share right)" in text
+
+
+def test_more_lines_than_colours_can_be_told_apart(tmp_path: Path) -> None:
+    tasks = [f"task {letter}" for letter in "abcdefghijkl"]
+    logger = CsvLogger(tmp_path / "metrics.csv", header("tokens", {"task": tasks}))
+    logger.begin_phase("sft", first_step=0, resumed_step=None)
+    for step in (1, 2):
+        logger.log_metrics({f"heldout/loss/task/{task}": 2.0 for task in tasks}, step=step)
+    page = write_report(tmp_path, title="sft", metrics_csv=tmp_path / "metrics.csv").read_text()
+    lines = re.findall(r'style="(fill: none; stroke[^"]*stroke-width: 1.8[^"]*)"', page)
+    assert len(set(lines)) == len(tasks)
+
+
 def test_tables_and_facts_are_shown_and_escaped(run_dir: Path) -> None:
     reader = Reader(page_of(run_dir))
     for text in ("PIT of tiny <b>", "after <2>", "72.4 %", "chance", "5,898,240", "2.123"):
@@ -106,7 +133,7 @@ def test_run_without_rows_still_has_a_page(tmp_path: Path) -> None:
 
 def test_non_finite_points_do_not_stop_the_page(run_dir: Path) -> None:
     path = run_dir / "metrics.csv"
-    logger = CsvLogger(path, header(kinds=KINDS, sources=["icd10cm"]))
+    logger = CsvLogger(path, NAMES)
     logger.begin_phase("phase2", first_step=40, resumed_step=40)
     logger.log_metrics({"train/loss": float("nan"), "grad_norm": float("inf")}, step=50)
     assert "<svg" in page_of(run_dir)

@@ -12,7 +12,7 @@ from small_models import random_documents, small_model, write_small_folder
 from mediphi.backbone import BackboneSpec, build_model, load_tokenizer
 from mediphi.engine import Device
 from mediphi.evaluate.multiple_choice import padded_logps, score
-from mediphi.evaluate.scores import summarise
+from mediphi.examination import CodeQuiz
 from mediphi.records import MultipleChoice
 from mediphi.scoring import packed_logps, score_quiz
 
@@ -62,9 +62,10 @@ def test_the_quiz_gives_the_answers_of_the_padded_reference(tmp_path: Path):
     model = build_model(spec)
     model.set_attn_implementation("sdpa")
     scored = score(QUESTIONS, tokenizer=tokenizer, token_logps=padded_logps(model))
-    for got, expected in zip(summarise(ours), summarise(scored), strict=True):
-        assert got.margin == pytest.approx(expected.margin, abs=1e-5)
-        assert got._replace(margin=0.0) == expected._replace(margin=0.0)
+    for got, expected in zip(ours, scored, strict=True):
+        assert got.option_logps == pytest.approx(expected.option_logps, abs=1e-5)
+        assert got._replace(option_logps=()) == expected._replace(option_logps=())
+    assert CodeQuiz(tokenizer, QUESTIONS, CPU).sit(spec) == [one.scored() for one in scored]
 
 
 def test_scoring_needs_no_gradient_and_no_dropout(tmp_path: Path):

@@ -1,14 +1,18 @@
 """The program's door: one screen, exit 2, nothing written, nothing heavy imported."""
 
 import errno
+import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from program import attempts, finish, start
+from program import ROOT, attempts, finish, start
 
 from mediphi.door import enter, forced, one_line_errors
 from mediphi.errors import DataError, Interrupted, MachineError
@@ -117,6 +121,86 @@ def test_a_read_only_folder_and_no_home_do_not_matter_to_looking(tmp_path: Path)
     assert "seed: 0" in out
 
 
+STRIKE = """
+import os, signal, sys
+class Strike:
+    def find_spec(self, name, *_):
+        if name == os.environ["STRIKE"]:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Strike())
+"""
+
+
+@pytest.mark.parametrize("module", ["hydra", "mediphi.config.load", "mediphi.run"])
+def test_ctrl_c_during_imports_ends_at_once_and_without_a_traceback(
+    module: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STRIKE)
+    path = f"{tmp_path}{os.pathsep}{ROOT / 'src'}"
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "check_only=true"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path, "STRIKE": module},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_background_job_stays_deaf_to_ctrl_c(tmp_path: Path) -> None:
+    """A shell starts `train.py &` with SIGINT ignored; that is not ours to change."""
+    (tmp_path / "sitecustomize.py").write_text(STRIKE)
+    path = f"{tmp_path}{os.pathsep}{ROOT / 'src'}"
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"],
+        env=os.environ | {"PYTHONPATH": path, "STRIKE": "hydra"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# What train.py sets before torch loads.
+
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+PRODUCTS = """
+import json, os, runpy, sys
+runpy.run_path(sys.argv[1])
+print(json.dumps({name: os.environ.get(name) for name in sys.argv[2:]}), "torch" in sys.modules)
+import torch
+if torch.backends.mkldnn.is_available():
+    weight = torch.ones(64, 64, dtype=torch.bfloat16)
+    for length in [*range(10, 110), 10]:
+        print("length", length, flush=True)
+        torch.ones(length, 64, dtype=torch.bfloat16) @ weight
+"""
+
+
+def products(**chosen: str) -> subprocess.Popen[str]:
+    """Products of 100 lengths and the first of them once more, told by oneDNN itself."""
+    kept = {k: v for k, v in os.environ.items() if k not in CACHES}
+    return subprocess.Popen(
+        [sys.executable, "-c", PRODUCTS, str(ROOT / "train.py"), *CACHES],
+        env=kept | {"ONEDNN_VERBOSE": "2", "PYTHONPATH": str(ROOT / "src")} | chosen,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+
+
+def test_kernel_caches_are_held_small_unless_the_user_says_otherwise() -> None:
+    both = products(), products(**dict.fromkeys(CACHES, "1024"))
+    ours, theirs = (finish(process)[1].splitlines() for process in both)
+    assert ours[0] == f"{json.dumps(dict.fromkeys(CACHES, '64'))} False"
+    assert theirs[0] == f"{json.dumps(dict.fromkeys(CACHES, '1024'))} False"
+    if not any("create:cache_miss" in line for line in ours):
+        pytest.skip("this CPU multiplies bfloat16 without oneDNN")
+    last = [line for line in ours if ",create:" in line][-1]
+    assert "create:cache_miss" in last  # forgotten, and compiled anew
+    last = [line for line in theirs if ",create:" in line][-1]
+    assert "create:cache_hit" in last
+
+
 # In this process: what a stage's end becomes.
 
 
@@ -159,6 +243,20 @@ def test_signals_keep_their_codes(capsys: pytest.CaptureFixture[str]) -> None:
         "++a.b.password=canary",
         "MY_SECRET=canary",
         "x.HF_TOKEN=canary",
+        "--token=canary",
+        "+x={api_key: canary}",
+        "+x={a: {b: {'hf_token' : canary}}}",
+        '+x={"wandb_key": canary}',
+        "+x=[{password:canary}]",
+        "+x={private_key: canary",
+        "+x=dict(secret=canary)",
+        "logger={api-key: canary}",
+        "logger.api_key =canary",
+        "api_key:canary",
+        "{api_key: canary}",
+        "logger.project=wandb_api_key=canary",
+        "+x.api_key@y=canary",
+        "--config-name=api_key=canary",
     ],
 )
 def test_a_secret_on_the_command_line_is_refused_unseen(
@@ -170,7 +268,26 @@ def test_a_secret_on_the_command_line_is_refused_unseen(
     assert caught.value.code == 2
     told = capsys.readouterr().err
     assert "canary" not in told
-    assert argument.partition("=")[0] in told
+    assert re.split(r"[={:\s]", argument)[0] in told
+    assert "environment" in told
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "hardware.loss_chunk_tokens=8",
+        "corpus.sources.mine.path=keys/tokens.jsonl",
+        "logger.tags=[secretary,monkeys]",
+        "+corpus.sources.a={kind: jsonl, id_field: key}",
+    ],
+)
+def test_a_word_that_only_looks_like_a_secret_s_name_passes(
+    argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", argument])
+    entered: list[str] = []
+    enter(lambda: entered.append(argument))
+    assert entered == [argument]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mediphi.artifacts import manifest_hash, read_manifest
-from mediphi.evaluate.scores import Difference, QuizResult, format_table, gain_row, quiz_table
+from mediphi.evaluate.scores import Difference, GroupResult, exam_table, format_table
 from mediphi.launch import RunResult
 
-QUIZ_TITLE = "What does code X mean?"
+
+class ExamTable(NamedTuple):
+    """What a run was examined in; `rows` are text, header first."""
+
+    title: str
+    rows: list[tuple[str, ...]]
 
 
 def announce(folder: Path) -> RunResult:
@@ -20,8 +25,8 @@ def announce(folder: Path) -> RunResult:
     """
     extra = read_manifest(folder)["extra"]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if table := read_quiz_table(metrics):
-        print(f"{QUIZ_TITLE}\n{format_table(table)}")
+    if exam := read_exam(metrics):
+        print(f"{exam.title}\n{format_table(exam.rows)}")
     print(f"done    {folder}  (report.html, metrics.csv, README.md)")
     print(f"model   {folder / 'model'}")
     print(f"sha256  {manifest_hash(folder)}")
@@ -31,14 +36,14 @@ def announce(folder: Path) -> RunResult:
     return RunResult(metrics["objective"]["value"], folder)
 
 
-def read_quiz_table(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The quiz of `metrics.json` as rows of text, header first; empty where nothing was asked."""
-    if not metrics["quiz"]:
-        return []
+def read_exam(metrics: Mapping[str, Any]) -> ExamTable | None:
+    """The table of the exam in `metrics.json`; None where there was none."""
+    exam = metrics["exam"]
+    if exam is None:
+        return None
     results = {
-        moment: [QuizResult(**row) for row in rows.values()]
-        for moment, rows in metrics["quiz"].items()
+        moment: [GroupResult(**row) for row in rows.values()]
+        for moment, rows in exam["results"].items()
     }
-    *rows, chance = quiz_table(results)
-    gains = {difficulty: Difference(**gain) for difficulty, gain in metrics["gain"].items()}
-    return [*rows, gain_row(gains), chance]
+    gains = {group: Difference(**gain) for group, gain in exam["gain"].items()}
+    return ExamTable(exam["title"], exam_table(results, gains, noun=exam["noun"]))

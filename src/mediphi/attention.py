@@ -8,17 +8,22 @@ travel as keyword arguments through the Hugging Face model to the functions regi
 - `sdpa`: sequences of similar length are padded to one block and go through PyTorch's causal SDPA.
   On a CPU this costs the FLOPs of the sequences instead of the square of the row, which a
   block-diagonal mask over the row would cost.
+
+Two answers to one prompt may share it: a row then holds `[prompt | chosen | rejected]` pair by
+pair, both answers start at the same position, and neither sees the other. Prompt and chosen answer
+are one causal sequence as they lie; the rejected answer's queries look at the prompt's keys and at
+their own.
 """
 
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from mediphi.batches import TokenBatch
+from mediphi.batches import Batch, PreferenceBatch
 from mediphi.errors import UserError
 
 Kernel = Literal["flash", "varlen", "sdpa"]
@@ -34,13 +39,20 @@ IMPLEMENTATIONS: dict[Kernel, str] = {
 class Block(NamedTuple):
     """Sequences of similar length, padded to the longest of them.
 
-    `rows` are indices into the packed row, `[sequences, longest]`; padding repeats the row's token
-    0, which is harmless: it stands behind the real tokens, so causal attention never looks at it.
-    `real` marks what is not padding.
+    `rows` and `keys` are indices into the packed row: whose outputs are wanted, and what they look
+    at. Padding repeats the row's token 0, which is harmless: it stands behind the real keys, where
+    no real query looks. `real` marks the `rows` that are not padding. Where queries and keys are
+    the same tokens `mask` is None and attention causal; elsewhere True marks what a query sees.
     """
 
     rows: Int64[Tensor, "sequences longest"]
     real: Int64[Tensor, " real_positions"]
+    keys: Int64[Tensor, "sequences longest_keys"]
+    mask: Bool[Tensor, "sequences 1 longest longest_keys"] | None = None
+
+    def to(self, device: torch.device) -> "Block":
+        mask = None if self.mask is None else self.mask.to(device)
+        return Block(self.rows.to(device), self.real.to(device), self.keys.to(device), mask)
 
 
 def choose_kernel(wanted: str, *, device_type: str) -> Kernel:
@@ -70,8 +82,14 @@ def available_kernels(device_type: str) -> list[Kernel]:
     return [*flash, "varlen", "sdpa"]
 
 
-def boundaries(batch: TokenBatch, kernel: Kernel) -> dict[str, Any]:
-    """Keyword arguments of the model call that keep the sequences of a row apart."""
+def boundaries(batch: Batch, kernel: Kernel) -> dict[str, Any]:
+    """Keyword arguments of the model call that keep the sequences of a row apart.
+
+    Raises:
+        UserError: shared prompts, which the kernel cannot do.
+    """
+    if isinstance(batch, PreferenceBatch) and batch.shares_prompt:
+        return shared_prompt_boundaries(batch.cu_seqlens, kernel)
     if kernel == "sdpa":
         return {"blocks": length_blocks(batch.cu_seqlens)}
     return {
@@ -82,23 +100,112 @@ def boundaries(batch: TokenBatch, kernel: Kernel) -> dict[str, Any]:
     }
 
 
+def shared_prompt_boundaries(
+    cu_parts: Int32[Tensor, " parts_plus_1"], kernel: Kernel
+) -> dict[str, Any]:
+    """Keyword arguments of the model call on a row of pairs, each with its prompt once.
+
+    Args:
+        cu_parts: `[3 * pairs + 1]`, boundaries of prompt, chosen and rejected answer of every pair
+            in turn; none is empty. The position ids of both answers go on from the prompt's.
+
+    Raises:
+        UserError: `flash`, which transformers calls with the keys in the order of the row.
+    """
+    if kernel == "flash":
+        raise UserError(
+            "stage.share_prompt needs hardware.attention=varlen or sdpa, or set it to false"
+        )
+    if kernel == "sdpa":
+        return {"blocks": shared_prompt_blocks(cu_parts)}
+    keys = []
+    bounds = torch.stack(_pair_bounds(cu_parts), dim=1)
+    for prompt, chosen, rejected, end in bounds.tolist():
+        answer = torch.arange(rejected, end)
+        keys += [torch.arange(prompt, rejected), torch.cat([torch.arange(prompt, chosen), answer])]
+    device, lengths_k = cu_parts.device, torch.tensor([len(k) for k in keys])
+    cu_seqlens_q = cu_parts[torch.arange(len(cu_parts), device=device) % 3 != 1]
+    return {
+        "cu_seq_lens_q": cu_seqlens_q,
+        "cu_seq_lens_k": F.pad(lengths_k.cumsum(0), (1, 0)).int().to(device),
+        "max_length_q": int(cu_seqlens_q.diff().max()),
+        "max_length_k": int(lengths_k.max()),
+        "kv_index": torch.cat(keys).to(device),
+    }
+
+
+def _pair_bounds(cu_parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where prompt, chosen and rejected answer of each pair start and the pair ends, `[pairs]`."""
+    bounds = cu_parts.long().cpu()
+    return bounds[:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]
+
+
 def length_blocks(cu_seqlens: Tensor, *, growth: float = 1.15) -> list[Block]:
     """Group sequences so that padding within a block stays below `growth`."""
-    starts = cu_seqlens[:-1].long().cpu()
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long().cpu()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    starts, lengths = starts[order], lengths[order]
-    blocks, first = [], 0
-    while first < len(lengths):
-        longest = int(lengths[first])
-        last = int((lengths * growth >= longest).sum())
-        offsets = torch.arange(longest)
-        real = offsets < lengths[first:last, None]
-        rows = torch.where(real, starts[first:last, None] + offsets, 0)
-        device = cu_seqlens.device
-        blocks.append(Block(rows.to(device), real.flatten().nonzero().squeeze(1).to(device)))
-        first = last
+    bounds = cu_seqlens.long().cpu()
+    blocks = _causal_blocks(bounds[:-1], bounds.diff(), growth)
+    return [block.to(cu_seqlens.device) for block in blocks]
+
+
+def shared_prompt_blocks(
+    cu_parts: Int32[Tensor, " parts_plus_1"], *, growth: float = 1.15
+) -> list[Block]:
+    """Prompts with their chosen answers as causal blocks, then the rejected answers.
+
+    Padding of queries and of keys within a block stays below `growth`.
+    """
+    prompts, chosen, rejected, ends = _pair_bounds(cu_parts)
+    blocks = _causal_blocks(prompts, rejected - prompts, growth)
+    prompt_lengths, lengths = chosen - prompts, ends - rejected
+    for group in _similar(lengths, growth):
+        for alike in _similar((prompt_lengths + lengths)[group], growth):
+            pairs = group[alike]
+            where = prompts[pairs], rejected[pairs]
+            blocks.append(_answer_block(*where, prompt_lengths[pairs], lengths[pairs]))
+    return [block.to(cu_parts.device) for block in blocks]
+
+
+def _answer_block(
+    prompts: Int64[Tensor, " sequences"],
+    answers: Int64[Tensor, " sequences"],
+    prompt_lengths: Int64[Tensor, " sequences"],
+    lengths: Int64[Tensor, " sequences"],
+) -> Block:
+    """Answers as queries, over the keys of their prompts and their own."""
+    rows, real = _padded(answers, lengths)
+    before = prompt_lengths[:, None]
+    offsets = torch.arange(int((prompt_lengths + lengths).max()))
+    places = torch.where(offsets < before, prompts[:, None], answers[:, None] - before) + offsets
+    keys = torch.where(offsets < before + lengths[:, None], places, 0)
+    visible = offsets <= before[:, None] + torch.arange(rows.shape[1])[:, None]
+    return Block(rows, real, keys, mask=visible[:, None])
+
+
+def _causal_blocks(starts: Tensor, lengths: Tensor, growth: float) -> list[Block]:
+    blocks = []
+    for group in _similar(lengths, growth):
+        rows, real = _padded(starts[group], lengths[group])
+        blocks.append(Block(rows, real, keys=rows))
     return blocks
+
+
+def _similar(lengths: Int64[Tensor, " n"], growth: float) -> list[Int64[Tensor, " group"]]:
+    """Indices of lengths that differ by less than `growth`, longest group first."""
+    order = torch.argsort(lengths, descending=True, stable=True)
+    lengths = lengths[order]
+    groups, first = [], 0
+    while first < len(lengths):
+        last = int((lengths * growth >= lengths[first]).sum())
+        groups.append(order[first:last])
+        first = last
+    return groups
+
+
+def _padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of sequences, `[sequences, longest]`, and which of them (flat) are no padding."""
+    offsets = torch.arange(int(lengths.max()))
+    real = offsets < lengths[:, None]
+    return torch.where(real, starts[:, None] + offsets, 0), real.flatten().nonzero().squeeze(1)
 
 
 def sdpa_attention(
@@ -112,7 +219,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads head_dim"], None]:
-    """Causal attention within each sequence of a packed row, block by block.
+    """Attention within each sequence of a packed row, block by block.
 
     Raises:
         ValueError: called without `blocks` or with a mask (it would be ignored).
@@ -120,18 +227,16 @@ def sdpa_attention(
     blocks: list[Block] | None = kwargs.get("blocks")
     if blocks is None or attention_mask is not None:
         raise ValueError("packed attention needs `blocks` and takes no attention mask")
-    _refuse_window(kwargs.get("sliding_window"), max(b.rows.shape[1] for b in blocks))
+    _refuse_window(kwargs.get("sliding_window"), max(b.keys.shape[1] for b in blocks))
     heads, head_dim = query.shape[1], query.shape[3]
-    # One gather for all blocks, one back: an index per block would cost its backward pass a row of
-    # zeros each.
-    gathered = torch.cat([rows.flatten() for rows, _ in blocks])
-    sizes = [rows.numel() for rows, _ in blocks]
-    pieces = (x[0].transpose(0, 1)[gathered].split(sizes) for x in (query, key, value))
+    queries, keys = [b.rows for b in blocks], [b.keys for b in blocks]
+    pieces = zip(_gather(query, queries), _gather(key, keys), _gather(value, keys), strict=True)
     parts = []
-    for (rows, _), *block in zip(blocks, *pieces, strict=True):
+    for block, qkv in zip(blocks, pieces, strict=True):
         out = F.scaled_dot_product_attention(
-            *(x.unflatten(0, rows.shape).transpose(1, 2) for x in block),
-            is_causal=True,
+            *qkv,
+            attn_mask=block.mask,
+            is_causal=block.mask is None,
             scale=scaling,
             dropout_p=dropout,
             enable_gqa=key.shape[1] != heads,
@@ -140,13 +245,23 @@ def sdpa_attention(
     return torch.cat(parts)[_ways_back(blocks, query.shape[2])].unsqueeze(0), None
 
 
+def _gather(x: Float[Tensor, "1 heads tokens head_dim"], places: list[Tensor]) -> list[Tensor]:
+    """For each block `[sequences, heads, longest, head_dim]`.
+
+    One gather for all blocks: an index per block would cost its backward pass a row of zeros each.
+    """
+    flat = x[0].transpose(0, 1)[torch.cat([p.flatten() for p in places])]
+    pieces = flat.split([p.numel() for p in places])
+    return [t.unflatten(0, p.shape).transpose(1, 2) for t, p in zip(pieces, places, strict=True)]
+
+
 def _ways_back(blocks: list[Block], tokens: int) -> Int64[Tensor, " tokens"]:
     """Where each token of the packed row stands in the blocks, laid end to end."""
     ways = torch.empty(tokens, dtype=torch.long, device=blocks[0].rows.device)
     offset = 0
-    for rows, real in blocks:
-        ways[rows.flatten()[real]] = real + offset
-        offset += rows.numel()
+    for block in blocks:
+        ways[block.rows.flatten()[block.real]] = block.real + offset
+        offset += block.rows.numel()
     return ways
 
 
@@ -163,6 +278,8 @@ def varlen_attention(
 ) -> tuple[Float[Tensor, "1 tokens heads head_dim"], None]:
     """PyTorch's varlen flash attention (torch >= 2.11), CUDA, half precision.
 
+    Where a sequence has more keys than queries, the last query sees the last key.
+
     Raises:
         ValueError: dropout, which the kernel does not have, or a call without boundaries.
     """
@@ -170,8 +287,10 @@ def varlen_attention(
 
     if dropout or "cu_seq_lens_q" not in kwargs or attention_mask is not None:
         raise ValueError("varlen attention needs boundaries and takes no dropout and no mask")
-    _refuse_window(kwargs.get("sliding_window"), kwargs["max_length_q"])
+    _refuse_window(kwargs.get("sliding_window"), kwargs["max_length_k"])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if (kv_index := kwargs.get("kv_index")) is not None:  # shared prompts are keys twice
+        k, v = k[kv_index], v[kv_index]
     if q.dtype == torch.float32:  # the kernel computes in half precision only
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     out = varlen_attn(

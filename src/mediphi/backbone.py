@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from mediphi import attention, hub
+from mediphi.config.schema import Lora
 from mediphi.errors import ArtifactError, UserError
+from mediphi.lora import add_adapters, merged_state, save_adapter
 
 STOP_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
 """Phi-3.5 stops at any of them; a merged or exported model that loses one talks on."""
@@ -42,6 +44,8 @@ class BackboneSpec:
         kernel: attention kernel.
         activation_checkpointing: recompute activations in backward.
         loss_chunk_tokens: positions whose logits exist at a time.
+        seed: of random weights, and of new adapters.
+        lora: adapters to train in place of the weights.
     """
 
     folder: str
@@ -51,6 +55,26 @@ class BackboneSpec:
     activation_checkpointing: bool = False
     loss_chunk_tokens: int = 2048
     seed: int = 0
+    lora: Lora | None = None
+
+
+def resolve_folder(path: str) -> str:
+    """The model folder that `path` means: a run directory of ours stands for its `model/`.
+
+    Raises:
+        UserError: a run directory whose model is not there yet.
+    """
+    root = Path(path)
+    if (root / "config.json").is_file():
+        return path
+    if (root / "model" / "config.json").is_file():
+        return str(root / "model")
+    if (root / "config.yaml").is_file():
+        raise UserError(
+            f"model.path={path}: this run is not finished: run the same command again, "
+            "or name a model folder"
+        )
+    return path
 
 
 def load_tokenizer(folder: str, *, revision: str = "main") -> PreTrainedTokenizerFast:
@@ -78,12 +102,14 @@ def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def build_model(spec: BackboneSpec) -> PreTrainedModel:
     """The causal LM in float32, in train mode, with its rotary buffers in float32.
 
+    With `spec.lora` its weights are frozen and new adapters trained, which change nothing yet.
+
     `from_pretrained` hands out models in eval mode and Lightning leaves the children as they are,
     so `train()` is called here.
 
     Raises:
         UserError: no such model, an architecture that needs remote code, weights that are not
-            safetensors, do not fit the config, or are not finite.
+            safetensors, do not fit the config, or are not finite; adapters that do not fit.
     """
     implementation = attention.IMPLEMENTATIONS[spec.kernel]
     if spec.init == "random":
@@ -110,6 +136,8 @@ def build_model(spec: BackboneSpec) -> PreTrainedModel:
     # The end of text is also the padding token; we never pad, and PIT puts it between pieces, so
     # its embedding must learn. PyTorch gives a padding row no gradient.
     model.get_input_embeddings().padding_idx = None
+    if spec.lora is not None:
+        add_adapters(model, spec.lora, seed=spec.seed)
     model.train()
     return model
 
@@ -185,28 +213,36 @@ def export_model(
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
+    with_adapter: bool = False,
 ) -> None:
-    """Write a Hugging Face folder: safetensors, config, tokenizer, template, every stop id."""
+    """Write a Hugging Face folder: safetensors, config, tokenizer, template, every stop id.
+
+    Adapters are merged into the weights, so that every stage can go on from the folder.
+
+    Args:
+        with_adapter: write them to `adapter/` too, as peft reads them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ids = [tokenizer.convert_tokens_to_ids(t) for t in STOP_TOKENS]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ids, pad_token_id=eos_id(tokenizer)
     )
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=merged_state(model, dtype=dtype))
     config = copy.deepcopy(model.config)
     config.dtype = dtype  # save_pretrained writes the dtype of the model in memory
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if with_adapter:
+        save_adapter(model, folder / "adapter")
 
 
 @torch.no_grad()
 def reload_and_compare(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype) -> float:
     """Load the exported folder as a stranger would; return the largest difference of logits.
 
-    Every tensor must be bitwise the trained one, rounded to `dtype`. Then both sides compute logits
-    in float32 with transformers' own attention, near and far, so that a config that does not fit
-    the weights shows too. Moves the model to the CPU.
+    Every tensor must be bitwise the trained one with its adapters merged, rounded to `dtype`. Then
+    both sides compute logits in float32 with transformers' own attention, near and far, so that a
+    config that does not fit the weights, or a wrong merge, shows too. Moves the model to the CPU.
 
     Raises:
         ArtifactError: the folder does not give the trained model back.
@@ -214,12 +250,14 @@ def reload_and_compare(model: PreTrainedModel, folder: Path, *, dtype: torch.dty
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.to("cpu")  # type: ignore[arg-type]
     theirs = loaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(theirs[name], tensor.to(dtype)):
+    for name, tensor in merged_state(model, dtype=dtype).items():
+        if not torch.equal(theirs[name], tensor):
             raise ArtifactError(f"{folder}: {name} is not the trained model's")
     expected, got = _logits(model), _logits(loaded.float())
     difference = float((expected - got).abs().max())
-    allowed = 1e-4 if dtype == torch.float32 else 0.05 * float(expected.abs().max()) + 0.05
+    largest = float(expected.abs().max())
+    # A merged weight is rounded once, an adapted layer's output is the sum of two products.
+    allowed = 1e-4 * max(1.0, largest) if dtype == torch.float32 else 0.05 * largest + 0.05
     if not difference <= allowed:
         raise ArtifactError(
             f"{folder}: reloaded logits differ by {difference:.3g} (allowed {allowed:.3g}); "

@@ -6,9 +6,10 @@ shape.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float32, Int32, Int64, UInt8
 from torch import Tensor
 
 IGNORE = -100
@@ -26,6 +27,7 @@ class TokenBatch:
         position_ids: restart at 0 with every sequence.
         kind_ids: index into `records.PIECE_KINDS` of each target.
         source_ids: index into the data module's source names of each target.
+        task_ids: index into the data module's task types of each target; 0 where rows name none.
         cu_seqlens: sequence boundaries, 0 first and T last.
         max_seqlen: longest sequence.
         num_global_targets: positions with a loss in the whole global batch, over all
@@ -38,6 +40,7 @@ class TokenBatch:
     position_ids: Int64[Tensor, "1 tokens"]
     kind_ids: UInt8[Tensor, "1 tokens"]
     source_ids: UInt8[Tensor, "1 tokens"]
+    task_ids: UInt8[Tensor, "1 tokens"]
     cu_seqlens: Int32[Tensor, " sequences_plus_1"]
     max_seqlen: int
     num_global_targets: int
@@ -48,9 +51,65 @@ class TokenBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return replace(self, **_moved(self, device, non_blocking))
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceBatch:
+    """One micro-batch of preference pairs in a packed row.
+
+    A pair is two sequences, prompt + chosen and prompt + rejected; or, where the prompt is shared,
+    three segments, prompt, chosen and rejected, of which both answers see the prompt and not one
+    another. Answer tokens are listed pair by pair, chosen before rejected.
+
+    Attributes:
+        input_ids, position_ids: as in a `TokenBatch`.
+        cu_seqlens: boundaries of sequences, `2 * pairs + 1`, or of segments, `3 * pairs + 1`.
+        max_seqlen: longest sequence, prompt and answer.
+        shares_prompt: which of the two.
+        logit_index: position of the row whose logits predict each answer token.
+        label_ids: the answer tokens.
+        answer_ids: `2 * pair + side` of each answer token; side 1 is rejected.
+        reference_logps: summed log-probabilities of both answers under the reference; NaN where
+            nobody has computed them.
+        num_global_targets: pairs in the whole global batch, over all micro-batches and ranks.
+        document_index: row of each pair in the token store.
+        source_ids, task_ids, error_ids: of each pair, indices into the data module's names.
+    """
+
+    input_ids: Int64[Tensor, "1 tokens"]
+    position_ids: Int64[Tensor, "1 tokens"]
+    cu_seqlens: Int32[Tensor, " boundaries"]
+    max_seqlen: int
+    shares_prompt: bool
+    logit_index: Int64[Tensor, " answer_tokens"]
+    label_ids: Int64[Tensor, " answer_tokens"]
+    answer_ids: Int64[Tensor, " answer_tokens"]
+    reference_logps: Float32[Tensor, "pairs 2"]
+    num_global_targets: int
+    document_index: Int64[Tensor, " pairs"]
+    source_ids: UInt8[Tensor, " pairs"]
+    task_ids: UInt8[Tensor, " pairs"]
+    error_ids: UInt8[Tensor, " pairs"]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.document_index)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
+        return replace(self, **_moved(self, device, non_blocking))
+
+
+Batch = TokenBatch | PreferenceBatch
+
+
+def _moved(batch: Any, device: torch.device | str, non_blocking: bool) -> dict[str, Tensor]:
+    return {
+        f.name: value.to(device, non_blocking=non_blocking)
+        for f in fields(batch)
+        if isinstance(value := getattr(batch, f.name), Tensor)
+    }

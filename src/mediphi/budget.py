@@ -8,13 +8,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mediphi.backbone import LOAD_ERRORS
-from mediphi.batches import TokenBatch
-from mediphi.config.schema import Config
+from mediphi.batches import IGNORE, Batch, PreferenceBatch
+from mediphi.config.schema import ChatStage, Config
 from mediphi.engine import training_flops
 from mediphi.errors import UserError
+from mediphi.lora import add_adapters
 
-BYTES_PER_PARAMETER = 16
-"""float32 weight, its gradient, and AdamW's two moments."""
+BYTES_PER_TRAINED = 12
+"""Gradient and AdamW's two moments, float32, besides the weight."""
 
 HIDDEN_KEPT, FFN_KEPT = 14, 3
 """Activations that a layer keeps for backward, in hidden states and in feed-forward states."""
@@ -28,6 +29,7 @@ class Budget:
         model_config: the Hugging Face config.
         num_parameters: all of them.
         num_matmul_parameters: those in matrix products (without the embedding's look-up).
+        num_head_parameters: of those the output head's, which works at targets only.
         weights_dtype: of the published weights.
         memory_bytes: estimated peak of one process.
         disk_bytes: run directory with checkpoints and model.
@@ -36,20 +38,30 @@ class Budget:
     model_config: Any
     num_parameters: int
     num_matmul_parameters: int
+    num_head_parameters: int
     weights_dtype: torch.dtype
     memory_bytes: int
     disk_bytes: int
 
-    def batch_flops(self, batch: TokenBatch) -> float:
+    def batch_flops(self, batch: Batch) -> float:
         """Operations of training on a batch, attention by the pairs it really computes."""
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
-        return training_flops(
-            num_matmul_parameters=self.num_matmul_parameters,
+        pairs = float((lengths * (lengths + 1) / 2).sum())
+        if isinstance(batch, PreferenceBatch):
+            num_targets = len(batch.label_ids)
+            if batch.shares_prompt:
+                prompt, chosen, rejected = lengths.view(-1, 3).unbind(1)
+                pairs += float((prompt * (chosen + rejected)).sum())
+        else:
+            num_targets = int((batch.target_ids != IGNORE).sum())
+        body = training_flops(
+            num_matmul_parameters=self.num_matmul_parameters - self.num_head_parameters,
             hidden=self.model_config.hidden_size,
             layers=self.model_config.num_hidden_layers,
-            pairs=int((lengths * (lengths + 1) / 2).sum()),
+            pairs=int(pairs),
             tokens=batch.num_tokens,
         )
+        return body + 6.0 * self.num_head_parameters * num_targets
 
 
 def estimate(folder: str, *, config: Config) -> Budget:
@@ -73,14 +85,18 @@ def estimate(folder: str, *, config: Config) -> Budget:
     num_parameters = sum(p.numel() for p in model.parameters())
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     num_matmul = sum(m.weight.numel() for m in linear)
-    state = num_parameters * 12
+    trained = _num_trained(model, num_parameters, config)
+    state = num_parameters * 4 + trained * 8
     keep = config.hardware.checkpoints.keep
     return Budget(
         model_config=model_config,
         num_parameters=num_parameters,
         num_matmul_parameters=num_matmul,
+        num_head_parameters=model_config.vocab_size * model_config.hidden_size,
         weights_dtype=_dtype(model_config),
-        memory_bytes=num_parameters * BYTES_PER_PARAMETER + _activations(model_config, config),
+        memory_bytes=num_parameters * 4
+        + trained * BYTES_PER_TRAINED
+        + _activations(model_config, config),
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
     )
 
@@ -108,6 +124,15 @@ def show_phases(phases: Sequence[Any]) -> None:
             f"accumulate {plan.accumulate}",
             flush=True,
         )
+
+
+def _num_trained(model: torch.nn.Module, num_parameters: int, config: Config) -> int:
+    """All parameters, or those of the adapters; adapters that cannot be are refused here."""
+    stage = config.stage
+    if not isinstance(stage, ChatStage) or stage.lora is None:
+        return num_parameters
+    add_adapters(model, stage.lora, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _dtype(model_config: Any) -> torch.dtype:

@@ -9,19 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import Logger
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from mediphi.attention import Kernel, choose_kernel
 from mediphi.config.schema import Hardware
 from mediphi.errors import MachineError, UserError
+
+Value = TypeVar("Value")
 
 LONGEST_WAIT = timedelta(days=7)
 """Ranks wait for rank 0 while it tokenises or asks the quiz; the launcher sees who dies."""
@@ -154,6 +156,20 @@ def wait_for_all() -> None:
     """A barrier over all ranks; nothing where there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def from_all_ranks(mine: Value) -> list[Value]:
+    """What every rank has, in their order."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def from_rank_zero(mine: Value) -> Value:
+    """What rank 0 has, on every rank."""
+    return from_all_ranks(mine)[0]
 
 
 def limit_threads(hardware: Hardware) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from mediphi.announcement import ExamTable
 from mediphi.artifacts import write_atomic
 from mediphi.config.corpus import Licence
 from mediphi.config.schema import Config
@@ -17,14 +18,14 @@ def write_card(
     config: Config,
     data: PreparedData,
     facts: Mapping[str, object],
-    quiz: Sequence[Sequence[str]],
+    exam: ExamTable | None,
 ) -> None:
-    """Write the card; `quiz` holds rows of text, header first, or nothing."""
+    """Write the card."""
     base = config.model.path or config.model.name
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": base if config.model.init == "pretrained" else None,
+        "base_model": base if config.model.is_pretrained else None,
         "tags": ["mediphi", config.stage.kind, config.corpus.name],
     }
     header = yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)
@@ -49,8 +50,8 @@ def write_card(
             ],
         ),
     ]
-    if quiz:
-        parts += ["## What does code X mean?\n", _table(quiz[0], quiz[1:])]
+    if exam:
+        parts += [f"## {exam.title}\n", _table(exam.rows[0], exam.rows[1:])]
     parts.append(
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("model")\n'

@@ -24,18 +24,23 @@ from mediphi.checkpointing import (
     step_of,
 )
 from mediphi.config import config_hash
-from mediphi.config.schema import Config, DaptStage, Phase, PitStage
+from mediphi.config.schema import ChatStage, Config, Phase, SftStage
 from mediphi.data.datamodule import PackedDataModule
+from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.data.plan import PlanSettings
 from mediphi.errors import UserError
 from mediphi.launch import rank
 from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.preparation import PreparedData
-from mediphi.records import PIECE_KINDS, TASK_KINDS, PieceKind
+from mediphi.samples import SAMPLES, GreedySamples
+from mediphi.stages import TrainingStage, make_module, phase_key, phases_of
 from mediphi.tracking.progress import make_progress
 from mediphi.tracking.training_rows import TrainingRows
 
 Loggers = list[Any]
+
+SAMPLE_TOKENS = 64
+"""Longest sample where no exam sets a bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,11 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
     """Decide which tokens every optimizer step of the stage holds."""
     plans: list[PhasePlan] = []
     first_step = 0
-    for name, kinds, phase in _phases(config.stage):
+    for name, phase, kinds, layout, learnt in phases_of(config.stage):
         settings = PlanSettings(
             kinds=kinds,
+            layout=layout,
+            learnt=learnt,
             capacity=config.stage.max_length,
             global_batch=config.stage.global_batch,
             micro_batch=config.hardware.micro_batch,
@@ -104,27 +111,38 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
             max_heldout_rows=config.stage.eval_max_rows,
             prefetch=config.hardware.prefetch,
         )
-        _refuse_long_warmup(name, phase, module.train_plan.num_steps)
+        _refuse_long_warmup(phase_key(config.stage, name), phase, module.train_plan.num_steps)
+        _judge_too_long(config.stage, module)
         plans.append(PhasePlan(name, phase, module, first_step))
         first_step += plans[-1].num_steps
     return tuple(plans)
 
 
-def _refuse_long_warmup(name: str, phase: Phase, num_steps: int) -> None:
+def _refuse_long_warmup(key: str, phase: Phase, num_steps: int) -> None:
     """A warm-up that never ends would train at a fraction of the learning rate, in silence."""
     if phase.warmup_steps >= num_steps:
-        section = "phase" if name == "dapt" else name
         raise UserError(
-            f"stage.{section}.warmup_steps={phase.warmup_steps}: the phase has only {num_steps} "
+            f"{key}.warmup_steps={phase.warmup_steps}: the phase has only {num_steps} "
             "optimizer steps; lower it or stage.global_batch, or take more data or epochs"
         )
 
 
-def _phases(stage: PitStage | DaptStage) -> list[tuple[str, tuple[PieceKind, ...], Phase]]:
-    """PIT: task outputs alone, then with their documents (Jiang et al. 2024). DAPT: documents."""
-    if isinstance(stage, PitStage):
-        return [("phase1", TASK_KINDS, stage.phase1), ("phase2", PIECE_KINDS, stage.phase2)]
-    return [("dapt", ("document",), stage.phase)]
+def _judge_too_long(stage: TrainingStage, data: PackedDataModule) -> None:
+    """A conversation is never cut: what does not fit is left out and told, or stops the run."""
+    if not isinstance(stage, ChatStage):
+        return
+    plans = [plan for plan in (data.train_plan, data.heldout_plan) if plan is not None]
+    left_out = [plan.store.document_id(row) for plan in plans for row in plan.too_long.tolist()]
+    if not left_out:
+        return
+    what = (
+        f"{len(left_out)} conversations are longer than stage.max_length={stage.max_length} "
+        f"tokens, the first is {left_out[0]}"
+    )
+    if stage.too_long == "refuse":
+        raise UserError(f"{what}: raise it or set stage.too_long=drop")
+    if rank() == 0:
+        print(f"left out    {what}")
 
 
 def fit_phase(run: Training, plan: PhasePlan, *, backbone: BackboneSpec, loggers: Loggers) -> None:
@@ -138,15 +156,7 @@ def fit_phase(run: Training, plan: PhasePlan, *, backbone: BackboneSpec, loggers
         resumed_step=0 if state is None else step_of(state),
     )
     L.seed_everything(config.seed, verbose=False)
-    module = CausalLMModule(
-        backbone=backbone,
-        phase=plan.phase,
-        optimizer=config.stage.optimizer,
-        num_steps=steps.num_steps,
-        splits=steps.accumulate * config.world_size,
-        group_names={"kind": PIECE_KINDS, "source": plan.data.source_names},
-        neftune_alpha=config.stage.neftune_alpha,
-    )
+    module = make_module(config, plan.phase, data=plan.data, backbone=backbone)
     every = min(config.stage.eval_every_steps, steps.num_steps)
     has_heldout = plan.data.heldout_plan is not None
     trainer = engine.make_trainer(
@@ -193,7 +203,38 @@ def _callbacks(run: Training, plan: PhasePlan) -> list[L.Callback]:
         peak_flops=engine.peak_flops(run.device),
     )
     progress = make_progress(plan.name, num_steps=steps.num_steps)
-    return [FiniteGuard(run.data.train.document_id), rows, progress, StopOnSignal(saving), saving]
+    guard = FiniteGuard(run.data.train.document_id)
+    return [guard, rows, *_samples(run), progress, StopOnSignal(saving), saving]
+
+
+def _samples(run: Training) -> list[L.Callback]:
+    """Answers to be read, of sources whose licence lets their text be shown."""
+    stage, sources = run.config.stage, run.config.corpus.sources
+    if not isinstance(stage, SftStage) or not stage.num_samples:
+        return []
+    drawn = heldout_prompts(
+        run.data.heldout,
+        run.tokenizer,
+        per_task=stage.num_samples,
+        max_prompt_tokens=stage.max_length,
+        seed=run.config.seed,
+    )
+    shown = [prompt for prompt in drawn if not sources[prompt.source].licence.contains_phi]
+    tasks = {prompt.task_type: prompt for prompt in reversed(shown)}
+    prompts = [*tasks.values(), *shown][: stage.num_samples]
+    if not prompts:
+        return []
+    options = {"tokenizer": run.tokenizer, "device": run.device}
+    longest = stage.exam.max_new_tokens if stage.exam else SAMPLE_TOKENS
+    path = run.folder / SAMPLES
+    return [GreedySamples(path, prompts=prompts, max_new_tokens=longest, **options)]
+
+
+def _exports_adapter(config: Config) -> bool:
+    stage = config.stage
+    return (
+        isinstance(stage, ChatStage) and stage.lora is not None and stage.lora.export == "adapter"
+    )
 
 
 def _export(run: Training, plan: PhasePlan, module: CausalLMModule) -> None:
@@ -205,7 +246,13 @@ def _export(run: Training, plan: PhasePlan, module: CausalLMModule) -> None:
     dtype = run.budget.weights_dtype if plan is run.phases[-1] else torch.float32
     try:
         with room_for(target, run.budget.num_parameters * dtype.itemsize):
-            export_model(module.backbone, run.tokenizer, staging, dtype=dtype)
+            export_model(
+                module.backbone,
+                run.tokenizer,
+                staging,
+                dtype=dtype,
+                with_adapter=_exports_adapter(run.config),
+            )
             reload_and_compare(module.backbone, staging, dtype=dtype)
             publish(
                 staging,

@@ -12,19 +12,24 @@ from mediphi import engine
 from mediphi.artifacts import write_atomic
 from mediphi.backbone import eos_id
 from mediphi.config.corpus import Corpus
-from mediphi.config.schema import Config, Quiz
+from mediphi.config.schema import Config, Quiz, TextStage
 from mediphi.data.bad_rows import BadRows
+from mediphi.data.chat import ChatRenderer
 from mediphi.data.code_quiz import build_quiz
 from mediphi.data.corpora import SIDES, CorpusReading, Side, read_documents
 from mediphi.data.encoding import tokenizer_sha256
 from mediphi.data.fingerprint import fingerprint
-from mediphi.data.render import RENDER_VERSION, pieces
+from mediphi.data.render import RENDER_VERSION, Rendered, pieces
 from mediphi.data.task_outputs import TaskOutputIndex, read_task_outputs
-from mediphi.data.tokenization import Rendered, build_store
+from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore, open_store, store_path
 from mediphi.launch import rank
-from mediphi.records import Document, MultipleChoice, TaskOutput
+from mediphi.records import Document, MultipleChoice, Preference, TaskOutput
 from mediphi.synthesize.rules import GENERATOR, generate
+
+PROVEN_FIRST, PROVEN_EVERY = 10_000, 100
+"""Conversations that are compared with the chat template: the first ones, then one in so many.
+What the template gives costs ten times as much as what we give."""
 
 Write = Callable[[Document], Sequence[TaskOutput]]
 
@@ -34,7 +39,8 @@ class PreparedData(NamedTuple):
 
     Attributes:
         train, heldout: token stores of the two sides.
-        questions: the code quiz over training documents, empty where the corpus has no codes.
+        questions: the code quiz over training documents, empty where the corpus has no codes or
+            the stage asks none.
         counts: per source, what became of its rows.
         fingerprint: of the data.
     """
@@ -57,7 +63,8 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
     if rank() != 0:
         engine.wait_for_all()
         return _prepare(config, tokenizer, quiz=None)
-    data = _prepare(config, tokenizer, quiz=config.stage.quiz)
+    quiz = config.stage.quiz if isinstance(config.stage, TextStage) else None
+    data = _prepare(config, tokenizer, quiz=quiz)
     engine.wait_for_all()
     return data
 
@@ -68,7 +75,10 @@ def _prepare(
     cache = Path(config.paths.cache)
     corpus = config.corpus
     content = fingerprint(corpus, cache=cache)
-    keys: dict[Side, StoreKey] = {side: _key(tokenizer, content, side) for side in SIDES}
+    render = _Renderer(corpus, tokenizer)
+    keys: dict[Side, StoreKey] = {
+        side: _key(tokenizer, content, side, render=render.version) for side in SIDES
+    }
     notes = cache / "corpora" / f"{content[:32]}.json"
     known = notes.is_file() and all(store_path(cache, key).exists() for key in keys.values())
     if known and quiz is None:
@@ -81,10 +91,10 @@ def _prepare(
     quarantine.parent.mkdir(exist_ok=True)
     with read_documents(corpus, quarantine=quarantine, spool_folder=cache) as reading:
         counts = {name: asdict(count) for name, count in reading.counts.items()}
-        write = _writer(corpus, reading, quarantine=quarantine, counts=counts)
+        render.begin(reading, quarantine=quarantine, counts=counts)
         stores = {
             side: build_store(
-                _rendered(reading, side, write),
+                render.rendered(side),
                 cache=cache,
                 tokenizer=tokenizer,
                 key=key,
@@ -97,14 +107,54 @@ def _prepare(
     return PreparedData(**stores, questions=questions, counts=counts, fingerprint=content)
 
 
-def _key(tokenizer: PreTrainedTokenizerFast, content: str, side: Side) -> StoreKey:
+def _key(tokenizer: PreTrainedTokenizerFast, content: str, side: Side, *, render: str) -> StoreKey:
     return StoreKey(
         tokenizer=tokenizer_sha256(tokenizer),
-        render=f"{RENDER_VERSION} {GENERATOR}",
+        render=render,
         data=content,
         split=side,
         eos_id=eos_id(tokenizer),
     )
+
+
+class _Renderer:
+    """Turns a corpus's records into text with its place in the training data."""
+
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._corpus = corpus
+        self._chat = None if corpus.record_kind == "text" else ChatRenderer(tokenizer)
+
+    @property
+    def version(self) -> str:
+        """Part of the stores' key: changes when any record is rendered differently."""
+        if self._chat is None:
+            return f"{RENDER_VERSION} {GENERATOR}"
+        return self._chat.version
+
+    def begin(self, reading: CorpusReading, *, quarantine: Path, counts: dict[str, Any]) -> None:
+        """Look at what was read: task outputs of documents may come from files."""
+        self._reading = reading
+        if self._chat is None:
+            self._write = _writer(self._corpus, reading, quarantine=quarantine, counts=counts)
+
+    def rendered(self, side: Side) -> Iterator[Rendered]:
+        return self._texts(side) if self._chat is None else self._chats(self._chat, side)
+
+    def _texts(self, side: Side) -> Iterator[Rendered]:
+        for document in self._reading.records(side):
+            assert isinstance(document, Document)
+            parts = pieces(document, self._write(document))
+            yield Rendered(document.id, document.source, parts)
+
+    def _chats(self, renderer: ChatRenderer, side: Side) -> Iterator[Rendered]:
+        """Each compared with the model's own chat template, where there are many a sample."""
+        for number, record in enumerate(self._reading.records(side)):
+            assert not isinstance(record, Document)
+            is_pair = isinstance(record, Preference)
+            rendered = renderer.preference(record) if is_pair else renderer.conversation(record)
+            if number < PROVEN_FIRST or number % PROVEN_EVERY == 0:
+                renderer.prove(record, rendered)
+            yield rendered
 
 
 def _writer(
@@ -126,14 +176,10 @@ def _writer(
     return lambda document: index.of(document.id)
 
 
-def _rendered(reading: CorpusReading, side: Side, write: Write) -> Iterator[Rendered]:
-    for document in reading.documents(side):
-        yield document.id, document.source, pieces(document, write(document))
-
-
 def _questions(reading: CorpusReading, quiz: Quiz | None, *, seed: int) -> list[MultipleChoice]:
     """Closed-book questions over what was trained on; what is held out cannot be known."""
     if quiz is None:
         return []
-    codes = [d for d in reading.documents("train") if "code" in d.facts]
+    documents = (d for d in reading.records("train") if isinstance(d, Document))
+    codes = [document for document in documents if "code" in document.facts]
     return build_quiz(codes, quiz=quiz, seed=seed)

@@ -6,38 +6,38 @@ import shlex
 from typing import Any
 
 from mediphi import tracking
-from mediphi.announcement import QUIZ_TITLE, announce, read_quiz_table
+from mediphi.announcement import announce, read_exam
 from mediphi.artifacts import publish, write_atomic
 from mediphi.backbone import original_positions
 from mediphi.config import config_hash
-from mediphi.evaluate.multiple_choice import ScoredQuestion
-from mediphi.evaluate.scores import QuizResult, improvement, summarise
+from mediphi.evaluate.scores import Scored
+from mediphi.examination import Exam, headline, marks
 from mediphi.launch import RunResult, rank
 from mediphi.model_card import write_card
 from mediphi.phases import Training
 from mediphi.report import Table, write_report
 
-Answers = dict[str, list[ScoredQuestion]]
+Answers = dict[str, list[Scored]]
+"""Moment (`before`, `after phase1`, ...) -> what the exam gave then; empty without an exam."""
 
 
-def publish_run(run: Training, answers: Answers, *, seconds: float) -> RunResult:
+def publish_run(run: Training, answers: Answers, *, exam: Exam | None, seconds: float) -> RunResult:
     """Write everything that is there to look at; the run is done when the manifest is."""
-    results = {moment: summarise(scored) for moment, scored in answers.items()}
-    metrics = _metrics(run, results, answers)
+    metrics = _metrics(run, answers, exam)
     if rank() != 0:
         return RunResult(metrics["objective"]["value"], run.folder)
     config, folder = run.config, run.folder
-    table = read_quiz_table(metrics)
+    table = read_exam(metrics)
     facts = _facts(run)
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_report(
         folder,
         title=f"{config.stage.kind} on {config.corpus.name}",
         metrics_csv=folder / tracking.METRICS_CSV,
-        tables=[Table(QUIZ_TITLE, table[0], table[1:])] if table else [],
+        tables=[Table(table.title, table.rows[0], table.rows[1:])] if table else [],
         facts=facts,
     )
-    write_card(folder, config=config, data=run.data, facts=facts, quiz=table)
+    write_card(folder, config=config, data=run.data, facts=facts, exam=table)
     publish(
         folder,
         config_hash=config_hash(config),
@@ -58,26 +58,16 @@ def publish_run(run: Training, answers: Answers, *, seconds: float) -> RunResult
     return announce(folder)
 
 
-def _metrics(
-    run: Training, results: dict[str, list[QuizResult]], answers: Answers
-) -> dict[str, Any]:
-    """`metrics.json`: what sweeps compare, the last held-out loss, and the quiz."""
+def _metrics(run: Training, answers: Answers, exam: Exam | None) -> dict[str, Any]:
+    """`metrics.json`: what sweeps compare, the last held-out loss, and the exam."""
     with (run.folder / tracking.METRICS_CSV).open(newline="", encoding="utf-8") as file:
         losses = [float(r["heldout/loss"]) for r in csv.DictReader(file) if r["heldout/loss"]]
     heldout = losses[-1] if losses else None
-    final = list(results.values())[-1] if results else []
-    objective = {"name": "heldout/loss", "value": heldout}
-    if final:
-        objective = {"name": f"quiz/{final[0].difficulty}", "value": final[0].accuracy}
-    quiz = {moment: {r.difficulty: r._asdict() for r in rows} for moment, rows in results.items()}
-    moments = list(answers.values())
-    gains = improvement(moments[0], moments[-1], seed=run.config.seed) if moments else {}
-    return {
-        "objective": objective,
-        "heldout/loss": heldout,
-        "quiz": quiz,
-        "gain": {difficulty: gain._asdict() for difficulty, gain in gains.items()},
-    }
+    if exam is None or not answers:
+        objective = {"name": "heldout/loss", "value": heldout}
+        return {"objective": objective, "heldout/loss": heldout, "exam": None}
+    told = marks(exam, answers, seed=run.config.seed)
+    return {"objective": headline(exam, told), "heldout/loss": heldout, "exam": told}
 
 
 def _facts(run: Training) -> dict[str, object]:
@@ -103,10 +93,15 @@ def _longrope_policy(run: Training) -> str:
 
 
 def _next_command(run: Training) -> str:
-    """Go on with this model on plain documents of another corpus."""
-    corpus = "pubmed" if run.config.corpus.name == "clinical" else "clinical"
-    path = shlex.quote(f"model.path={run.folder / 'model'}")
-    return (
-        f"python train.py stage=dapt corpus={corpus} model={run.config.model.name} "
-        f"model.init=pretrained {path}"
-    )
+    """The recipe's next stage from this model; behind the last one a sweep over its beta."""
+    model = run.config.model
+    path = shlex.quote(f"model.path={run.folder}")
+    match run.config.stage.kind:
+        case "sft":
+            what = "stage=dpo corpus=mediflow_dpo"
+        case "dpo":
+            what = "--config-dir sweeps --config-name dpo_beta"
+            path = shlex.quote(f"model.path={model.path}") if model.path else ""
+        case _:
+            what = "stage=sft corpus=mediflow"
+    return f"python train.py {what} model={model.name} {path}".rstrip()

@@ -7,16 +7,38 @@ or code family stays on one side.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 TaskKind = Literal["summary", "question_answering", "entities", "relations"]
 """PIT task kinds of the paper; `summary` won and is the default."""
 
-PieceKind = Literal["document", "summary", "question_answering", "entities", "relations"]
-"""What a run of tokens is: the document itself, or a task output about it."""
+PieceKind = Literal[
+    "document",
+    "summary",
+    "question_answering",
+    "entities",
+    "relations",
+    "system",
+    "user",
+    "context",
+    "answer",
+    "chosen",
+    "rejected",
+]
+"""What a run of tokens is: a document, a task output about it, or a part of a conversation.
+
+`answer` is what SFT learns, `context` an earlier answer of a preference's prompt.
+"""
 
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+Label = Literal["task_type", "error_type"]
+LABELS: tuple[Label, ...] = get_args(Label)
+"""What a row says about itself that metrics are told apart by; empty where it says nothing."""
 
 Difficulty = Literal["easy", "medium", "hard"]
 DIFFICULTIES: tuple[Difficulty, ...] = get_args(Difficulty)
@@ -44,6 +66,72 @@ class Document:
     text: str
     title: str = ""
     facts: Mapping[str, Any] = field(default_factory=lambda: NO_FACTS)
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What SFT trains on.
+
+    Attributes:
+        id: unique over all corpora, `<source>/<key>`.
+        group_id: conversations that share it are never split apart.
+        source: name of the source that it came from.
+        turns: at most one `system` turn, first; then `user` and `assistant` in turn, an `assistant`
+            last. Texts have no blanks around them; an answer is never empty.
+        is_chat: rendered in the model's chat format; otherwise plain text, prompt and completion
+            (one `user` turn and one `assistant` turn, blanks kept).
+        labels: values of `LABELS` that the row has, and `input_data`, `output_format`.
+        quality: score of a judge, higher is better; None: not judged.
+    """
+
+    id: str
+    group_id: str
+    source: str
+    turns: tuple[Turn, ...]
+    is_chat: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)
+    quality: float | None = None
+
+    @property
+    def text(self) -> str:
+        """All turns, for finding duplicates."""
+        return "\n".join(turn.text for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What DPO trains on: one prompt, a better and a worse answer.
+
+    Attributes:
+        prompt: like `Conversation.turns`, but a `user` turn last.
+        chosen, rejected: the two answers, different and not empty.
+        id, group_id, source, is_chat, labels, quality: as of a `Conversation`.
+    """
+
+    id: str
+    group_id: str
+    source: str
+    prompt: tuple[Turn, ...]
+    chosen: str
+    rejected: str
+    is_chat: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)
+    quality: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Prompt and both answers, for finding duplicates."""
+        return "\n".join([*(turn.text for turn in self.prompt), self.chosen, self.rejected])
+
+
+Record = Document | Conversation | Preference
 
 
 @dataclass(frozen=True, slots=True)

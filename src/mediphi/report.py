@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 COLOURS = ("#0b6e8f", "#d1652a", "#4b7f3a", "#7b4b94", "#a8862b", "#5b6770", "#b23a5e", "#2b4c9b")
+DASHES = ("-", "--", ":")
+"""More lines than colours: the next style."""
 STYLE = """
 :root{color-scheme:light}
 body{font:16px/1.5 system-ui,sans-serif;color:#1c2327;background:#fff;margin:0 auto;
@@ -60,6 +62,11 @@ class Rows:
     phases: Mapping[str, int]
     last: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def are_of_pairs(self) -> bool:
+        """A preference loss is per pair; a cross-entropy is per token."""
+        return any(name.endswith("/margin") for name in self.values)
+
 
 def write_report(
     run_dir: Path,
@@ -75,7 +82,7 @@ def write_report(
         run_dir: the run directory.
         title: headline.
         metrics_csv: as `tracking.CsvLogger` writes it.
-        tables: shown as they are, first the quiz.
+        tables: shown as they are, first the exam.
         facts: name to value, shown on top: model, corpus, steps, time.
     """
     rows = read_rows(metrics_csv)
@@ -120,10 +127,18 @@ def _charts(rows: Rows) -> list[tuple[str, str, dict[str, str], bool]]:
         found = (name for name in rows.values if name.startswith(stem))
         return {name: name.removeprefix(stem).replace("_", " ") for name in found}
 
+    def both(name: str) -> dict[str, str]:
+        return {f"train/{name}": "training", f"heldout/{name}": "held-out"}
+
+    loss = "Loss per pair" if rows.are_of_pairs else "Loss per token"
     charts = [
-        ("Loss", "Loss per token", {"train/loss": "training", "heldout/loss": "held-out"}, False),
+        ("Loss", loss, both("loss"), False),
+        ("Accuracy", "Accuracy", both("accuracy"), False),
+        ("Reward of the chosen less the rejected", "Margin", both("margin"), False),
         ("Held-out loss by kind of text", "Held-out loss", group("heldout/loss/kind/"), False),
+        ("Held-out loss by task type", "Held-out loss", group("heldout/loss/task/"), False),
         ("Held-out loss by source", "Held-out loss", group("heldout/loss/source/"), False),
+        ("Held-out accuracy by error", "Accuracy", group("heldout/accuracy/error/"), False),
         ("Learning rate", "Learning rate", {"lr": "learning rate"}, False),
         ("Gradient norm before clipping", "Gradient norm", {"grad_norm": "gradient norm"}, True),
         ("Speed", "Training speed", {"tokens_per_second": "speed"}, False),
@@ -167,10 +182,19 @@ def _svg(columns: dict[str, str], log: bool, rows: Rows) -> str:
     with mpl.rc_context(settings):  # type: ignore[arg-type]
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.subplots()
-        for colour, (name, label) in zip(_cycle(len(columns)), columns.items(), strict=True):
+        for number, (name, label) in enumerate(columns.items()):
             steps, numbers = _with_gaps(*rows.values[name], list(rows.phases.values()))
-            marker = "o" if len(steps) < 30 else ""
-            axes.plot(steps, numbers, label=label, color=colour, lw=1.8, marker=marker, ms=3.5)
+            around, place = divmod(number, len(COLOURS))
+            axes.plot(
+                steps,
+                numbers,
+                label=label,
+                color=COLOURS[place],
+                ls=DASHES[around % len(DASHES)],
+                lw=1.8,
+                marker="o" if len(steps) < 30 else "",
+                ms=3.5,
+            )
         _decorate(axes, columns, log, rows)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
@@ -193,8 +217,8 @@ def _decorate(axes: Axes, columns: dict[str, str], log: bool, rows: Rows) -> Non
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     name = next(iter(columns))
-    quantity = "loss" if "loss" in name else columns[name]
-    unit = unit_of(name)
+    quantity = name.split("/")[1] if "/" in name else columns[name]
+    unit = "" if quantity == "loss" and rows.are_of_pairs else unit_of(name)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"{quantity} ({unit})" if unit else quantity)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -221,10 +245,6 @@ def _decorate(axes: Axes, columns: dict[str, str], log: bool, rows: Rows) -> Non
         )
     if len(columns) > 1:
         axes.legend(frameon=False, loc="best", ncols=1 + (len(columns) > 5))
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _facts(facts: Mapping[str, object]) -> str:

@@ -82,6 +82,7 @@ def _flat(sequences: Sequence[Sequence[int]]) -> TokenBatch:
         position_ids=torch.from_numpy(positions)[None],
         kind_ids=zeros,
         source_ids=zeros,
+        task_ids=zeros,
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         num_global_targets=len(ids) - len(sequences),

@@ -1,7 +1,7 @@
-"""The flow of a training stage: data, phases, quiz, artifact. Resumable at every point.
+"""The flow of a training stage: data, phases, exam, artifact. Resumable at every point.
 
-What is done shows on disk, in this order: a phase's checkpoints, its model folder, its quiz file,
-and last of all the run's manifest. Every step looks there first.
+What is done shows on disk, in this order: a phase's checkpoints, its model folder, its exam's
+file, and last of all the run's manifest. Every step looks there first.
 """
 
 import json
@@ -18,21 +18,32 @@ from mediphi.artifacts import (
     verify,
     write_atomic,
 )
-from mediphi.backbone import BackboneSpec, check_vocabulary, check_weights, load_tokenizer
+from mediphi.backbone import (
+    BackboneSpec,
+    check_vocabulary,
+    check_weights,
+    load_tokenizer,
+    resolve_folder,
+)
 from mediphi.budget import estimate, show_phases, show_plan
+from mediphi.chat_exams import TaskScores
 from mediphi.config import run_dir, run_name
-from mediphi.config.schema import Config
+from mediphi.config.schema import ChatStage, Config, DpoStage, SftStage
+from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.errors import ArtifactError
-from mediphi.evaluate.multiple_choice import ScoredQuestion
-from mediphi.evaluate.scores import summarise
+from mediphi.evaluate.scores import OVERALL, Scored, summarise
+from mediphi.examination import CodeQuiz, Exam
 from mediphi.launch import RunResult, rank
 from mediphi.phases import Loggers, PhasePlan, Training, fit_phase, plan_phases
 from mediphi.preparation import prepare
 from mediphi.publication import publish_run
-from mediphi.records import DIFFICULTIES
-from mediphi.scoring import score_quiz
+from mediphi.references import bring_references, preference_exam
+from mediphi.stages import metric_groups, objective_of
 from mediphi.tracking.names import header
 from mediphi.tracking.progress import silence_lightning
+
+BEFORE = "before"
+"""The moment before the first phase."""
 
 
 def train(config: Config) -> RunResult:
@@ -59,11 +70,12 @@ def _set_up(config: Config) -> Training:
     """Everything that can be refused is refused here, before the first step."""
     device = engine.resolve(config.hardware)
     parent = None
-    if config.model.init == "pretrained":
-        check_weights(config.model.folder)
-        parent = verified_parent(Path(config.model.folder))
-    tokenizer = load_tokenizer(config.model.folder, revision=config.model.revision)
-    budget = estimate(config.model.folder, config=config)
+    folder = resolve_folder(config.model.folder)
+    if config.model.is_pretrained:
+        check_weights(folder)
+        parent = verified_parent(Path(folder))
+    tokenizer = load_tokenizer(folder, revision=config.model.revision)
+    budget = estimate(folder, config=config)
     check_vocabulary(tokenizer, budget.model_config)
     data = prepare(config, tokenizer)
     if rank() == 0 and not config.check_only:
@@ -74,7 +86,7 @@ def _set_up(config: Config) -> Training:
 
 
 def _train(run: Training) -> RunResult:
-    config = run.config
+    config, exam = run.config, _exam(run)
     preflight_space(run.folder, run.budget.disk_bytes)
     if rank() == 0:
         print(f"run         {run.folder}  ({run.device.name}, {run.device.precision})")
@@ -84,25 +96,26 @@ def _train(run: Training) -> RunResult:
         run_dir=run.folder,
         run_name=run_name(config),
         header=header(
-            kinds=("document", *config.corpus.task_kinds),
-            sources=list(config.corpus.sources),
-            difficulties=DIFFICULTIES if run.data.questions else (),
+            objective_of(config.stage),
+            {**metric_groups(config, run.phases[0].data), **_exam_columns(exam)},
         ),
         config_dict=config.model_dump(mode="json"),
     )
     started, exit_code = time.monotonic(), 1
     try:
-        results = _run_phases(run, loggers)
+        answers = _run_phases(run, exam, loggers)
         exit_code = 0
     finally:
         tracking.finish(loggers, exit_code=exit_code)
-    return publish_run(run, results, seconds=time.monotonic() - started)
+    return publish_run(run, answers, exam=exam, seconds=time.monotonic() - started)
 
 
-def _run_phases(run: Training, loggers: Loggers) -> dict[str, list[ScoredQuestion]]:
-    """Train all phases; what the quiz says before the first and after each."""
-    backbone = _first_backbone(run)
-    results = {"before": _quiz(run, "before", backbone, run.phases[0], loggers, step=0)}
+def _run_phases(run: Training, exam: Exam | None, loggers: Loggers) -> dict[str, list[Scored]]:
+    """Train all phases; what the exam gives before the first and after each."""
+    backbone, first = _first_backbone(run), run.phases[0]
+    if isinstance(run.config.stage, DpoStage):
+        bring_references(run, first, backbone)
+    answers = {BEFORE: _sit(run, exam, BEFORE, plan=first, backbone=backbone, loggers=loggers)}
     for plan in run.phases:
         target = run.model_folder(plan)
         if not target.is_dir():
@@ -112,8 +125,8 @@ def _run_phases(run: Training, loggers: Loggers) -> dict[str, list[ScoredQuestio
         engine.wait_for_all()
         backbone = replace(backbone, folder=str(target), init="pretrained", revision="main")
         moment = f"after {plan.name}"
-        results[moment] = _quiz(run, moment, backbone, plan, loggers, step=plan.num_steps)
-    return {moment: scores for moment, scores in results.items() if scores}
+        answers[moment] = _sit(run, exam, moment, plan=plan, backbone=backbone, loggers=loggers)
+    return {moment: scored for moment, scored in answers.items() if scored}
 
 
 def _check_model(target: Path) -> None:
@@ -125,44 +138,68 @@ def _check_model(target: Path) -> None:
 
 
 def _first_backbone(run: Training) -> BackboneSpec:
-    model = run.config.model
+    model, stage = run.config.model, run.config.stage
     return BackboneSpec(
-        folder=model.folder,
-        init=model.init,
+        folder=resolve_folder(model.folder),
+        init="pretrained" if model.is_pretrained else "random",
         revision=model.revision,
         kernel=run.device.kernel,
         activation_checkpointing=run.config.hardware.activation_checkpointing,
         loss_chunk_tokens=run.config.hardware.loss_chunk_tokens,
+        lora=stage.lora if isinstance(stage, ChatStage) else None,
         seed=run.config.seed,
     )
 
 
-def _quiz(
+def _exam(run: Training) -> Exam | None:
+    """What the stage is examined in; None where it has no questions."""
+    stage = run.config.stage
+    if run.data.questions:
+        return CodeQuiz(run.tokenizer, run.data.questions, run.device)
+    if isinstance(stage, SftStage) and stage.exam is not None:
+        prompts = heldout_prompts(
+            run.data.heldout,
+            run.tokenizer,
+            per_task=stage.exam.per_task,
+            max_prompt_tokens=stage.max_length,
+            seed=run.config.seed,
+        )
+        return TaskScores(run.tokenizer, prompts, stage.exam.max_new_tokens, run.device)
+    if isinstance(stage, DpoStage) and run.data.heldout.num_tokens:
+        return preference_exam(run, run.phases[0], _first_backbone(run))
+    return None
+
+
+def _exam_columns(exam: Exam | None) -> dict[str, tuple[str, ...]]:
+    """What fills the exam's metric name, as `header` takes it."""
+    if exam is None:
+        return {}
+    groups = (*exam.groups, OVERALL) if exam.overall else exam.groups
+    return {"difficulty" if exam.metric == "quiz" else "group": groups}
+
+
+def _sit(
     run: Training,
+    exam: Exam | None,
     moment: str,
-    backbone: BackboneSpec,
-    plan: PhasePlan,
-    loggers: Loggers,
     *,
-    step: int,
-) -> list[ScoredQuestion]:
-    """The answers at a moment, asked once; the row is logged before the file says that it is."""
-    path = run.folder / "quiz" / f"{moment.replace(' ', '_')}.json"
-    if not run.data.questions or rank() != 0:
+    plan: PhasePlan,
+    backbone: BackboneSpec,
+    loggers: Loggers,
+) -> list[Scored]:
+    """The scores at a moment, taken once; the row is logged before the file says that it is."""
+    path = run.folder / "exam" / f"{moment.replace(' ', '_')}.json"
+    if exam is None or rank() != 0:
         engine.wait_for_all()
         return []
     if path.is_file():
-        scored = [ScoredQuestion(**row) for row in json.loads(path.read_text())]
+        scored = [Scored(**row) for row in json.loads(path.read_text())]
     else:
-        scored = score_quiz(
-            replace(backbone, activation_checkpointing=False),
-            tokenizer=run.tokenizer,
-            questions=run.data.questions,
-            device=run.device,
-        )
+        scored = exam.sit(replace(backbone, activation_checkpointing=False, lora=None))
+        step = 0 if moment == BEFORE else plan.num_steps
         tracking.begin_phase(loggers, plan.name, first_step=plan.first_step, resumed_step=step)
-        accuracies = {f"quiz/{r.difficulty}": r.accuracy for r in summarise(scored)}
-        tracking.log(loggers, accuracies, step=step)
+        results = summarise(scored, overall=exam.overall, seed=run.config.seed)
+        tracking.log(loggers, {f"{exam.metric}/{r.group}": r.score for r in results}, step=step)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps([one._asdict() for one in scored]) + "\n")
     engine.wait_for_all()

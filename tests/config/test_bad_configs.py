@@ -17,7 +17,7 @@ LONG = "x" * 5000
 
 ONE_PROBLEM = [
     # Groups and options.
-    (["stage=pitt"], "stage=pitt: allowed: dapt, pit; did you mean pit?"),
+    (["stage=pitt"], "stage=pitt: allowed: dapt, dpo, pit, sft; did you mean pit?"),
     (["logger=foo"], "logger=foo: allowed: csv, tensorboard, wandb"),
     (["corpus=medcod"], "did you mean medcode?"),
     (["corpus=paper/medcod"], "did you mean medcode?"),

@@ -10,8 +10,8 @@ from composing import ROOT, loader, report
 
 from mediphi.sweep import expand, plan
 
-NUM_CONF_FILES = 31
-NUM_SWEEP_FILES = 2
+NUM_CONF_FILES = 41
+NUM_SWEEP_FILES = 3
 REGENERATE = "python scripts/golden_configs.py"
 
 
@@ -47,7 +47,7 @@ def _overrides(path: Path) -> list[str] | None:
 
 @pytest.mark.parametrize("path", CONF_FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_config_file_composes_and_is_valid(path: Path) -> None:
-    assert report(*_overrides(path)) == []
+    assert report(*GOLDEN.partnered(_overrides(path))) == []
 
 
 @pytest.mark.parametrize("path", SWEEP_FILES, ids=lambda p: p.name)

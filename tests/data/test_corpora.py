@@ -2,6 +2,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from mediphi.config.corpus import Corpus, Deduplicate, FileSource, Licence, Unav
 from mediphi.data import corpora
 from mediphi.data.corpora import read_documents, split_side
 from mediphi.data.duplicates import normalised, shingle_set, similarity
+from mediphi.data.sources.bundled import content_key
 from mediphi.errors import DataError, UserError
-from mediphi.records import Document
+from mediphi.records import Conversation, Document, Preference, Turn
 
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 LICENCE = Licence(id="CC0-1.0", origin="test", commercial_ok=True)
+DEFAULT_CATEGORIES = "755b16b7b4c94552ae80d2f8aff6895ffcdb18d54e384d6ea4b8f2b251a4ee03"
+"""SHA-256 of side and id of each category that the default run reads."""
 VOCABULARY = [f"word{i}" for i in range(500)]
 
 
@@ -45,14 +50,14 @@ def corpus(sources: dict[str, Any], **fields: Any) -> Corpus:
 
 def sides(wanted: Corpus) -> dict[str, str]:
     with read_documents(wanted) as reading:
-        return {d.id: side for side in corpora.SIDES for d in reading.documents(side)}
+        return {d.id: side for side in corpora.SIDES for d in reading.records(side)}
 
 
 def test_every_row_comes_back_on_one_side(tmp_path: Path) -> None:
     rows = random_rows(1)
     with read_documents(corpus({"a": source(tmp_path, rows)})) as reading:
-        train, heldout = ([*reading.documents(side)] for side in corpora.SIDES)
-        everything = list(reading.documents())
+        train, heldout = ([*reading.records(side)] for side in corpora.SIDES)
+        everything = list(reading.records())
     assert sorted(d.text for d in train + heldout) == sorted(row["text"] for row in rows)
     assert Counter(d.id for d in everything) == Counter(d.id for d in train + heldout)
     assert everything[0] == Document(
@@ -68,8 +73,8 @@ def test_no_group_stands_on_two_sides_even_over_sources(tmp_path: Path) -> None:
         {"a": source(tmp_path / "a", random_rows(1)), "b": source(tmp_path / "b", random_rows(2))}
     )
     with read_documents(wanted) as reading:
-        groups = [{d.group_id for d in reading.documents(side)} for side in corpora.SIDES]
-        seen_in = {d.source for d in reading.documents() if d.group_id == "patient=p3"}
+        groups = [{d.group_id for d in reading.records(side)} for side in corpora.SIDES]
+        seen_in = {d.source for d in reading.records() if d.group_id == "patient=p3"}
     assert not groups[0] & groups[1]
     assert all(groups)
     assert seen_in == {"a", "b"}  # the claim is about groups that really span sources
@@ -79,7 +84,7 @@ def test_a_split_by_row_would_tear_groups_apart(tmp_path: Path) -> None:
     """Negative control of the test above."""
     reading = read_documents(corpus({"a": source(tmp_path, random_rows(1), group_field=None)}))
     patients = {f"a/{row['id']}": row["patient"] for row in random_rows(1)}
-    groups = [{patients[d.id] for d in reading.documents(side)} for side in corpora.SIDES]
+    groups = [{patients[d.id] for d in reading.records(side)} for side in corpora.SIDES]
     assert groups[0] & groups[1]
     reading.close()
 
@@ -151,7 +156,7 @@ def test_planted_duplicates_are_removed_and_counted(tmp_path: Path) -> None:
 def test_no_text_stands_on_both_sides(tmp_path: Path) -> None:
     wanted, _, _ = planted(tmp_path)
     with read_documents(wanted) as reading:
-        train, heldout = ([*reading.documents(side)] for side in corpora.SIDES)
+        train, heldout = ([*reading.records(side)] for side in corpora.SIDES)
     assert not {normalised(d.text) for d in train} & {normalised(d.text) for d in heldout}
     held = [shingle_set(d.text) for d in heldout]
     closest = max(similarity(shingle_set(d.text), other) for d in train for other in held)
@@ -192,11 +197,100 @@ def test_a_share_is_chosen_by_hash_and_grows(tmp_path: Path) -> None:
     assert kept[0] != {f"a/{row['id']}" for row in rows[:10]}
 
 
+def conversation(number: int, **changes: Any) -> dict[str, Any]:
+    row = {"instruction": f"Do {number}.", "input": f"Note {number}", "output": f"Answer {number}"}
+    row |= {"id": number, "task_type": "ab"[number % 2], "quality": number / 2}
+    return row | changes
+
+
+def conversations(folder: Path, rows: list[dict[str, Any]], **fields: Any) -> FileSource:
+    return source(folder, rows, group_field=None, **({"format": "mediflow"} | fields))
+
+
+def test_conversations_and_preferences_come_back_as_they_are(tmp_path: Path) -> None:
+    row = conversation(0, rejected_output="Worse", error_type="brevity")
+    group = "input=" + content_key("Note 0")
+    prompt = (Turn("system", "Do 0."), Turn("user", "Note 0"))
+    labels = {"task_type": "a"}
+    found = [
+        list(read_documents(corpus({"a": conversations(tmp_path, [row], format=f)})).records())
+        for f in ("mediflow", "mediflow_dpo")
+    ]
+    turns = (*prompt, Turn("assistant", "Answer 0"))
+    assert found[0] == [Conversation("a/0", group, "a", turns, labels=labels, quality=0.0)]
+    labels |= {"error_type": "brevity"}
+    pair = Preference("a/0", group, "a", prompt, "Answer 0", "Worse", labels=labels, quality=0.0)
+    assert found[1] == [pair]
+
+
+def test_conversations_about_one_text_stand_on_one_side(tmp_path: Path) -> None:
+    rows = [conversation(n, input=f"Note {n % 25}") for n in range(100)]
+    found = sides(corpus({"a": conversations(tmp_path, rows)}, deduplicate={"near": False}))
+    assert len(found) == 100 and set(found.values()) == set(corpora.SIDES)
+    assert all(found[f"a/{n}"] == found[f"a/{n % 25}"] for n in range(100))
+
+
+def test_a_repeated_conversation_is_a_duplicate_and_another_answer_is_not(tmp_path: Path) -> None:
+    rows = [conversation(0), conversation(0, id=1), conversation(0, id=2, output="Other")]
+    wanted = corpus({"a": conversations(tmp_path, rows)}, deduplicate={"near": False})
+    reading = read_documents(wanted)
+    assert [record.id for record in reading.records()] == ["a/0", "a/2"]
+    assert reading.counts["a"].exact_duplicates == 1
+
+
+def test_a_source_may_stand_on_one_side_as_a_whole(tmp_path: Path) -> None:
+    rows = [conversation(n) for n in range(40)]
+    near: dict[str, Any] = {"deduplicate": {"near": False}}
+    for side in corpora.SIDES:
+        found = sides(corpus({"a": conversations(tmp_path / side, rows, side=side)}, **near))
+        assert found == {f"a/{n}": side for n in range(40)}
+    split = sides(corpus({"a": conversations(tmp_path / "split", rows)}, **near))
+    assert set(split.values()) == set(corpora.SIDES)
+
+
+def test_the_best_are_kept_and_the_unjudged_go_first(tmp_path: Path) -> None:
+    rows = [conversation(n, quality=None if n < 5 else n % 10) for n in range(40)]
+    wanted = conversations(tmp_path, rows, choose_by="quality", max_documents=20)
+    reading = read_documents(corpus({"a": wanted}, deduplicate={"near": False}))
+    assert Counter(record.quality for record in reading.records()) == dict.fromkeys(
+        (9.0, 8.0, 7.0, 6.0, 5.0), 4
+    )
+    assert (reading.counts["a"].read, reading.counts["a"].not_chosen) == (40, 20)
+
+
+@pytest.mark.parametrize("choose_by", ["hash", "quality"])
+def test_rows_are_shared_out_over_strata_whatever_their_order(
+    tmp_path: Path, choose_by: str
+) -> None:
+    rows = [conversation(n, task_type="rare" if n < 3 else "abc"[n % 3]) for n in range(60)]
+    near: dict[str, Any] = {"deduplicate": {"near": False}}
+    options = {"choose_by": choose_by, "max_documents": 33, "stratify_by": ("task_type",)}
+    first = sides(corpus({"a": conversations(tmp_path / "a", rows, **options)}, **near))
+    random.Random(3).shuffle(rows)
+    assert first == sides(corpus({"a": conversations(tmp_path / "b", rows, **options)}, **near))
+    kinds = Counter(row["task_type"] for row in rows if f"a/{row['id']}" in first)
+    assert kinds == {"rare": 3, "a": 10, "b": 10, "c": 10}
+
+
+def test_the_default_corpus_keeps_its_400_categories() -> None:
+    table = {
+        "kind": "icd10cm",
+        "path": str(ASSETS / "corpora" / "icd10cm_2021"),
+        "levels": ["category"],
+        "max_documents": 400,
+        "licence": LICENCE,
+    }
+    with read_documents(Corpus(name="medcode", sources={"icd10cm": table})) as reading:
+        found = [f"{side} {d.id}" for side in corpora.SIDES for d in reading.records(side)]
+    assert len(found) == 400
+    assert sha256("\n".join(found).encode()).hexdigest() == DEFAULT_CATEGORIES
+
+
 def test_facts_survive_the_spool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = Document("a/1", "a/1", "a", "text", "title", {"ancestors": [["A", "b"]], "n": None})
     monkeypatch.setattr(corpora.sources, "read", lambda *_, **__: iter([page]))
     table = {"a": {"kind": "text", "path": str(tmp_path), "licence": LICENCE}}
-    assert list(read_documents(corpus(table)).documents()) == [page]
+    assert list(read_documents(corpus(table)).records()) == [page]
 
 
 def test_reading_knows_dropped_documents_too(tmp_path: Path) -> None:

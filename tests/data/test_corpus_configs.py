@@ -8,12 +8,16 @@ from omegaconf import OmegaConf
 from mediphi.config.corpus import Corpus, FileSource, Source, UnavailableSource
 from mediphi.data import sources
 from mediphi.data.bad_rows import BadRows
+from mediphi.data.corpora import SIDES, read_documents
 from mediphi.errors import UserError
+from mediphi.records import Conversation, Preference
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "conf" / "corpus"
-OURS = ("clinical", "datamix", "guidelines", "medcode", "medcode_full", "medwiki", "pubmed")
-PAPER = ("clinical", "datamix", "guidelines", "medcode", "medwiki", "pubmed")
+TEXT = ("clinical", "datamix", "guidelines", "medcode", "medcode_full", "medwiki", "pubmed")
+CHAT = {"mediflow": "conversation", "mediflow_dpo": "preference"}
+OURS = (*TEXT, *CHAT)
+PAPER = ("clinical", "datamix", "guidelines", "medcode", "medwiki", "pubmed", *CHAT)
 CHOICES = (*OURS, *(f"paper/{name}" for name in PAPER))
 PUBLISHED_SIZES = {
     "paper/pubmed": (39_800_000, 48_000_000_000),
@@ -39,7 +43,7 @@ def corpora() -> dict[str, Corpus]:
 def test_every_file_is_a_choice():
     files = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")}
     assert files == {*CHOICES, "local"}
-    assert len(files) == 14
+    assert len(files) == 18
 
 
 def test_every_choice_is_valid_and_named_after_its_file(corpora):
@@ -58,7 +62,8 @@ def test_every_source_states_its_licence_and_origin(corpora):
 
 
 def test_every_bundled_folder_exists_with_its_licence_and_is_used(corpora):
-    used = {Path(source.path) for choice in OURS for source in corpora[choice].sources.values()}
+    paths = [Path(source.path) for choice in OURS for source in corpora[choice].sources.values()]
+    used = {path.parent if path.suffix else path for path in paths}
     assert used == {path for path in (ROOT / "assets" / "corpora").iterdir()}
     assert all((folder / "LICENCE.txt").stat().st_size > 100 for folder in used)
 
@@ -117,6 +122,22 @@ def test_the_overrides_that_the_sentence_names_work(corpora, choice):
         assert len(overrides) == 4
         changed = corpus(f"corpus={choice}", *overrides).sources[name]
         assert isinstance(changed, FileSource) and changed.path == "FILES"
+
+
+def test_every_corpus_yields_what_its_stage_reads(corpora):
+    found = {choice: corpus.record_kind for choice, corpus in corpora.items()}
+    assert found == {choice: CHAT.get(choice.removeprefix("paper/"), "text") for choice in CHOICES}
+
+
+@pytest.mark.parametrize("choice", CHAT)
+def test_bundled_chat_corpora_hold_out_other_texts_than_they_train_on(corpora, choice):
+    with read_documents(corpora[choice]) as reading:
+        groups = [{record.group_id for record in reading.records(side)} for side in SIDES]
+        kinds = {type(record) for record in reading.records()}
+        assert all(count.rejected == 0 for count in reading.counts.values())
+    assert kinds == {Conversation if choice == "mediflow" else Preference}
+    assert all(groups)
+    assert not groups[0] & groups[1]
 
 
 def test_every_kind_of_source_has_a_reader():

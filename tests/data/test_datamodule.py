@@ -15,8 +15,9 @@ from toy_store import Piece, sized_store, toy_store
 
 from mediphi.batches import IGNORE, TokenBatch
 from mediphi.data.datamodule import PackedDataModule
+from mediphi.data.groups import GroupIds
 from mediphi.data.loader import NO_DOCUMENT, PackedLoader, ResumableLoader, collate
-from mediphi.data.plan import Chunks, PlanSettings, TrainingPlan
+from mediphi.data.plan import NO_PARTS, Chunks, PlanSettings, TrainingPlan
 from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError
 from mediphi.records import PIECE_KINDS
@@ -57,9 +58,10 @@ def test_a_batch_worked_by_hand(tmp_path: Path):
     store = toy_store(tmp_path, [("a/1", "a", pieces), ("b/1", "b", [Piece("document", "~")])])
     mark, tilde, c3, a9, eos = store.gather(np.array([0, 1, 5, 6, 3])).tolist()
     assert eos == store.eos_id and len({mark, tilde, c3, a9, eos}) == 5
-    chunks = Chunks(*(np.array(values) for values in ([0, 8], [8, 3], [0, 1])))
-    sources = np.array([1, 0], dtype=np.uint8)
-    batch = collate(store, chunks, source_ids=sources, num_global_targets=9)
+    chunks = Chunks(*(np.array(values) for values in ([0, 8], [8, 3], [0, 1])), NO_PARTS)
+    ids = GroupIds(store, {"source": ("b", "a"), "task_type": ("",), "error_type": ("",)})
+    plan = TrainingPlan(store, BASE)
+    batch = collate(plan, chunks, ids=ids, num_global_targets=9)
     assert batch.input_ids.tolist() == [
         [mark, tilde, tilde, eos, mark, c3, a9, eos, mark, tilde, eos]
     ]
@@ -317,7 +319,7 @@ def test_sources_are_named_alike_in_training_and_validation(store: TokenStore, t
     heldout = sized_store(tmp_path, [(9, 5)] * 3, source="c")
     data = PackedDataModule(store, heldout=heldout, settings=BASE)
     assert store.sources == ("b", "a")
-    assert data.source_names == ("a", "b", "c")
+    assert data.group_names["source"] == ("a", "b", "c")
     loader = data.val_dataloader()
     assert isinstance(loader, PackedLoader)
     batch = next(iter(loader))

@@ -54,6 +54,8 @@ def test_it_changes_with_each_byte_name_and_file(folder: Path) -> None:
         ({"source": {"text_field": "body"}}, True),
         ({"source": {"max_documents": 5}}, True),
         ({"source": {"kind": "text"}}, True),
+        ({"source": {"format": "messages"}}, True),
+        ({"source": {"side": "heldout"}}, True),
         ({"source": {"weight": 3.0}}, False),
         ({"source": {"licence": LICENCE | {"dua": True}}}, False),
         ({"name": "other"}, False),
@@ -63,6 +65,14 @@ def test_it_changes_with_what_decides_the_documents(
     folder: Path, change: dict[str, Any], moves: bool
 ) -> None:
     assert (fingerprint(corpus(folder, **change)) != fingerprint(corpus(folder))) is moves
+
+
+def test_it_changes_with_how_rows_are_chosen(folder: Path) -> None:
+    limit = {"format": "mediflow", "max_documents": 5}
+    choices = [{}, {"choose_by": "quality"}, {"stratify_by": ["task_type"]}]
+    choices.append({"stratify_by": ["task_type", "output_format"]})
+    seen = {fingerprint(corpus(folder, source=limit | choice)) for choice in choices}
+    assert len(seen) == len(choices)
 
 
 def test_precomputed_task_outputs_count_by_content(folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mediphi.data.encoding import (
     splits_at_words,
     tokenizer_sha256,
 )
+from mediphi.data.render import Rendered
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import MANIFEST, StoreKey, TokenStore, open_store, store_path
 from mediphi.errors import ArtifactError, DataError, MachineError
@@ -154,7 +155,7 @@ def test_decoding_the_store_gives_back_every_text(
 
 def test_the_manifest_counts_what_is_stored(tmp_path: Path):
     manifest = toy_store(tmp_path, DOCUMENTS).manifest
-    lengths = {text: len(TOY.encode(text).ids) + 1 for _, _, ps in DOCUMENTS for _, text in ps}
+    lengths = {text: len(TOY.encode(text).ids) + 1 for _, _, ps in DOCUMENTS for _, text, *_ in ps}
     assert manifest.num_documents == 3
     assert manifest.num_pieces == 4
     assert manifest.dtype == "<u2"
@@ -171,7 +172,8 @@ def test_the_manifest_counts_what_is_stored(tmp_path: Path):
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path):
     key = StoreKey(tokenizer_sha256(TOY), "r", "wide", "train", eos_id=70_000)
-    store = build_store(DOCUMENTS, cache=tmp_path, tokenizer=TOY, key=key)
+    documents = (Rendered(*document) for document in DOCUMENTS)
+    store = build_store(documents, cache=tmp_path, tokenizer=TOY, key=key)
     assert store.manifest.dtype == "<u4"
     assert store.gather(store.piece_starts[1:] - 1).tolist() == [70_000] * 4
 

@@ -1,8 +1,8 @@
 """A small Phi-3-like tokenizer and small token stores, for the tests of the data path."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
@@ -10,15 +10,11 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
 from mediphi.data.encoding import tokenizer_sha256
+from mediphi.data.render import Piece, Rendered
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore
 
 TEXT = "fever of unknown origin and acute heart failure in the elderly patient with cough"
-
-
-class Piece(NamedTuple):
-    kind: str
-    text: str
 
 
 def phi_like_tokenizer(*, crossing: bool = False) -> Tokenizer:
@@ -57,7 +53,7 @@ def phi_like_tokenizer(*, crossing: bool = False) -> Tokenizer:
 
 def toy_store(
     cache: Path,
-    documents: list[tuple[str, str, list[Piece]]],
+    documents: Iterable[tuple[str, str, list[Piece]]],
     *,
     data: str = "toy",
     **options: int,
@@ -65,7 +61,8 @@ def toy_store(
     tokenizer = phi_like_tokenizer()
     eos_id = tokenizer.token_to_id("<|endoftext|>")
     key = StoreKey(tokenizer_sha256(tokenizer), "test/1", data, "train", eos_id)
-    return build_store(documents, cache=cache, tokenizer=tokenizer, key=key, **options)
+    rendered = (Rendered(*document) for document in documents)
+    return build_store(rendered, cache=cache, tokenizer=tokenizer, key=key, **options)
 
 
 def sized_store(cache: Path, lengths: list[tuple[int, ...]], *, source: str = "a") -> TokenStore:

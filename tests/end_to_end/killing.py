@@ -82,8 +82,8 @@ def _moment(aim: str, run_dir: Path, rng: random.Random, seconds: float) -> Call
         before, enough = set(checkpoints(run_dir)), rng.randint(1, 4)
         return lambda: len(set(checkpoints(run_dir)) - before) >= enough
     if aim == "between phases":
-        before_quiz = set(run_dir.glob("quiz/*.json"))
-        return lambda: bool(set(run_dir.glob("quiz/*.json")) - before_quiz)
+        before = set(run_dir.glob("exam/*.json"))
+        return lambda: bool(set(run_dir.glob("exam/*.json")) - before)
     names = {
         "save": "checkpoints/*/.step-*.partial",
         "export": "**/.model.partial",

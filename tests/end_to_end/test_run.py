@@ -72,7 +72,7 @@ def test_the_curve_covers_both_phases_and_the_quiz(finished: Finished) -> None:
     assert {row.split(",")[1] for row in rows[1:]} == {"phase1", "phase2"}
     assert int(rows[-1].split(",")[0]) == 2 * STEPS
     metrics = json.loads((finished[0] / "metrics.json").read_text())
-    assert list(metrics["quiz"]) == ["before", "after phase1", "after phase2"]
+    assert list(metrics["exam"]["results"]) == ["before", "after phase1", "after phase2"]
 
 
 def test_the_last_lines_name_path_hash_and_next_command(finished: Finished) -> None:

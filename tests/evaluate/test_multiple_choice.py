@@ -143,8 +143,7 @@ def test_the_mean_decides_not_the_sum(phi: PreTrainedTokenizerFast) -> None:
     [scored] = score([asked], tokenizer=phi, token_logps=by_table({yes: -1.5, no: -1.0}, -9.0))
     assert scored.option_logps == pytest.approx((-1.5, -1.0))
     assert (-1.5 > 4 * -1.0) and scored.prediction == 1
-    assert scored.correct
-    assert scored.margin == pytest.approx(0.5)
+    assert scored.scored() == ("q", "easy", 1.0, 0.5)
 
 
 def test_the_prompt_itself_is_not_scored(phi: PreTrainedTokenizerFast) -> None:
@@ -154,7 +153,6 @@ def test_the_prompt_itself_is_not_scored(phi: PreTrainedTokenizerFast) -> None:
         [question("Cholera", "Typhoid")], tokenizer=phi, token_logps=by_table(inside, -1.0)
     )
     assert scored.option_logps == pytest.approx((-1.0, -1.0))
-    assert scored.margin == 0
 
 
 def test_shuffled_answer_keys_bring_an_oracle_down_to_chance(phi: PreTrainedTokenizerFast) -> None:

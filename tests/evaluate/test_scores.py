@@ -1,24 +1,26 @@
-"""Accuracy, intervals and the table."""
+"""Scores, intervals and the table."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mediphi.evaluate.multiple_choice import ScoredQuestion
 from mediphi.evaluate.scores import (
+    Scored,
+    bootstrap,
+    exam_table,
     format_table,
     improvement,
     paired_bootstrap,
-    quiz_table,
     summarise,
     wilson,
 )
-from mediphi.records import Difficulty
 
 
 @pytest.mark.parametrize(
-    ("num_correct", "num_questions", "low", "high"),
+    ("num_correct", "num_items", "low", "high"),
     [
         (0, 10, 0.0, 0.27753279986288926),
         (10, 10, 0.7224672001371109, 1.0),
@@ -28,9 +30,9 @@ from mediphi.records import Difficulty
         (217, 300, 0.6701300560341225, 0.7708894168189139),
     ],
 )
-def test_wilson_equals_scipy(num_correct: int, num_questions: int, low: float, high: float) -> None:
+def test_wilson_equals_scipy(num_correct: int, num_items: int, low: float, high: float) -> None:
     """scipy 1.17.1: `binomtest(k, n).proportion_ci(0.95, method="wilson")`."""
-    assert wilson(num_correct, num_questions) == pytest.approx((low, high), abs=1e-12)
+    assert wilson(num_correct, num_items) == pytest.approx((low, high), abs=1e-12)
 
 
 def test_wilson_at_another_confidence_equals_scipy() -> None:
@@ -39,11 +41,11 @@ def test_wilson_at_another_confidence_equals_scipy() -> None:
 
 
 @given(st.integers(1, 500), st.data())
-def test_wilson_holds_the_share_and_mirrors(num_questions: int, data: st.DataObject) -> None:
-    num_correct = data.draw(st.integers(0, num_questions))
-    low, high = wilson(num_correct, num_questions)
-    assert 0 <= low <= num_correct / num_questions <= high <= 1
-    mirrored = wilson(num_questions - num_correct, num_questions)
+def test_wilson_holds_the_share_and_mirrors(num_items: int, data: st.DataObject) -> None:
+    num_correct = data.draw(st.integers(0, num_items))
+    low, high = wilson(num_correct, num_items)
+    assert 0 <= low <= num_correct / num_items <= high <= 1
+    mirrored = wilson(num_items - num_correct, num_items)
     assert mirrored == pytest.approx((1 - high, 1 - low))
 
 
@@ -79,58 +81,91 @@ def test_what_cannot_be_paired_is_refused(before: list[int], after: list[int]) -
         paired_bootstrap(before, after, seed=0)
 
 
-def scored(difficulty: Difficulty, hits: list[bool]) -> list[ScoredQuestion]:
-    return [
-        ScoredQuestion(
-            id=f"{number}/{difficulty}",
-            difficulty=difficulty,
-            answer=1,
-            prediction=1 if hit else 0,
-            option_logps=(-2.0, -1.0, -3.0, -4.0) if hit else (-1.0, -3.0, -3.0, -4.0),
-        )
-        for number, hit in enumerate(hits)
-    ]
+def scored(group: str, scores: Sequence[float], chance: float | None = 0.25) -> list[Scored]:
+    return [Scored(f"{i}/{group}", group, score, chance) for i, score in enumerate(scores)]
 
 
-def test_a_result_counts_each_difficulty_by_itself() -> None:
-    hard, easy = scored("hard", [True, False, False, False]), scored("easy", [True, True])
-    results = summarise(hard + easy)
-    assert [(r.difficulty, r.num_questions, r.accuracy) for r in results] == [
-        ("easy", 2, 1.0),
-        ("hard", 4, 0.25),
-    ]
-    assert results[1].margin == pytest.approx((1 - 2 - 2 - 2) / 4)
-    assert (results[1].low, results[1].high) == wilson(1, 4)
-    assert results[1].chance == 0.25
+def test_the_bootstrap_of_a_mean_equals_scipys() -> None:
+    """scipy 1.17.1: `bootstrap((scores,), mean, method="percentile", 100,000)`."""
+    scores = (np.arange(80) % 11) / 10
+    low, high = bootstrap(scores, seed=0, num_resamples=100_000)
+    assert (low, high) == pytest.approx((0.415, 0.555), abs=0.0026)  # a tenth of one is 0.00125
+    with pytest.raises(ValueError, match="no mean"):
+        bootstrap([], seed=0)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0]), min_size=1, max_size=40), st.integers(0, 3))
+def test_every_interval_lies_in_zero_to_one_and_holds_the_mean(
+    scores: list[float], seed: int
+) -> None:
+    [result] = summarise(scored("g", scores), seed=seed)
+    assert result.score == pytest.approx(np.mean(scores))
+    assert -1e-12 <= result.low <= result.score + 1e-12
+    assert result.score - 1e-12 <= result.high <= 1 + 1e-12
+
+
+def test_groups_come_in_order_of_first_appearance_each_by_itself() -> None:
+    hard, easy = scored("hard", [1, 0, 0, 0]), scored("easy", [1, 1])
+    mixed = [hard[0], easy[0], *hard[1:], easy[1]]
+    results = summarise(mixed)
+    assert [(r.group, r.num_items, r.score) for r in results] == [("hard", 4, 0.25), ("easy", 2, 1)]
+    assert (results[0].low, results[0].high) == wilson(1, 4)
+    assert results[0].chance == 0.25
     assert summarise([]) == []
 
 
-def test_improvement_pairs_the_same_questions() -> None:
-    before, after = scored("easy", [True, False, False]), scored("easy", [True, True, True])
+def test_scores_between_zero_and_one_get_a_bootstrap_interval() -> None:
+    scores = [0.0, 0.25, 0.5, 1.0] * 5
+    [result] = summarise(scored("prose", scores, None), seed=4)
+    assert (result.low, result.high) == bootstrap(scores, seed=4)
+    assert result == summarise(scored("prose", scores, None), seed=4)[0]
+    assert result.chance is None
+
+
+def test_the_overall_result_counts_items_and_needs_two_groups() -> None:
+    one, other = scored("a", [1, 0, 0, 0]), scored("b", [1, 1], None)
+    *_, last = summarise(one + other, overall=True)
+    assert (last.group, last.num_items, last.score) == ("all", 6, 0.5)
+    assert (last.low, last.high) == wilson(3, 6)
+    assert last.chance is None, "guessing has no meaning for half of the items"
+    assert [r.group for r in summarise(one, overall=True)] == ["a"]
+    assert list(improvement(one + other, one + other, seed=0, overall=True)) == ["a", "b", "all"]
+
+
+def test_improvement_pairs_the_same_items() -> None:
+    before, after = scored("easy", [1, 0, 0]), scored("easy", [1, 1, 1])
     assert improvement(before, after, seed=0)["easy"].mean == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="not of the same questions"):
-        improvement(before, after[:2], seed=0)
+    for other in (after[:2], after[::-1], scored("hard", [1, 1, 1])):
+        with pytest.raises(ValueError, match="not of the same items"):
+            improvement(before, other, seed=0)
 
 
-def test_the_table_shows_each_moment_with_its_interval() -> None:
-    rows = quiz_table(
-        {
-            "before": summarise(scored("easy", [True] * 72 + [False] * 228)),
-            "after phase 2": summarise(
-                scored("easy", [True] * 217 + [False] * 83) + scored("hard", [True] * 10)
-            ),
-        }
+def test_the_table_shows_each_group_at_each_moment_with_its_interval() -> None:
+    before = scored("easy", [1] * 72 + [0] * 228)
+    after = scored("easy", [1] * 217 + [0] * 83)
+    results = {
+        "before": summarise(before),
+        "after phase2": summarise(after + scored("hard", [1] * 10)),
+    }
+    rows = exam_table(results, improvement(before, after, seed=0))
+    assert rows[0] == (
+        "score [95 % interval]",
+        *("before", "after phase2", "gain in points, paired", "chance", "questions"),
     )
-    assert rows == [
-        ("accuracy [95 % interval]", "easy", "hard"),
-        ("before", "24.0 % [19.5, 29.1]", "-"),
-        ("after phase 2", "72.3 % [67.0, 77.1]", "100.0 % [72.2, 100.0]"),
-        ("chance", "25.0 %, 300 questions", "25.0 %, 10 questions"),
-    ]
-    lines = format_table(rows).splitlines()
-    assert (
-        len({line.index(cell) for line, cell in zip(lines[2:], ("24", "72", "25"), strict=True)})
-        == 1
-    )
+    assert rows[1][:3] == ("easy", "24.0 % [19.5, 29.1]", "72.3 % [67.0, 77.1]")
+    assert rows[1][3].startswith("+48.3 [+") and rows[1][4:] == ("25.0 %", "300")
+    assert rows[2] == ("hard", "-", "100.0 % [72.2, 100.0]", "-", "25.0 %", "10")
+
+
+def test_a_table_without_chance_or_gain_has_no_such_column() -> None:
+    results = {"before": summarise(scored("summarization", [0.0, 0.5], None))}
+    head, row = exam_table(results, {}, noun="prompts")
+    assert head == ("score [95 % interval]", "before", "prompts")
+    assert row[0] == "summarization" and row[2] == "2"
+
+
+def test_columns_are_aligned() -> None:
+    lines = format_table([("a", "b"), ("1", "24.0 %"), ("long", "7.5 %")]).splitlines()
+    assert len({line.index(cell) for line, cell in zip(lines[2:], ("24", "7"), strict=True)}) == 1
     assert set(lines[1]) == {"-"}
     assert all(line == line.rstrip() for line in lines)

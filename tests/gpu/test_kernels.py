@@ -91,3 +91,56 @@ def test_phi35_minis_head_dimension_of_96_runs(kernel: attention.Kernel):
             torch.nn.Identity(), q, k, v, None, **attention.boundaries(batch, name)
         )
     torch.testing.assert_close(outputs[kernel], outputs["sdpa"], atol=2e-2, rtol=2e-2)
+
+
+# --- answers that share a prompt
+
+PAIRS = [(133, 40, 17), (9, 2, 60), (1, 1, 1), (130, 41, 70)]
+"""Lengths of prompt, chosen and rejected answer."""
+
+SHARING: list[attention.Kernel] = ["varlen", "sdpa"]
+PARTS = [n for pair in PAIRS for n in pair]
+
+
+def run_shared(
+    kernel: attention.Kernel, *, heads: int, device: str = "cuda", changed: int | None = None
+) -> dict[str, Tensor]:
+    """Hidden states of pairs with their prompts once, and all gradients."""
+    model = small_model(attention.IMPLEMENTATIONS[kernel], num_key_value_heads=heads, **SIZES)
+    model = model.to(device)
+    parts = random_documents(PARTS)
+    if changed is not None:
+        parts[changed] = (parts[changed] + 11) % VOCAB
+    starts = [start for p, _, _ in PAIRS for start in (0, p, p)]
+    positions = [torch.arange(n) + start for n, start in zip(PARTS, starts, strict=True)]
+    cu_parts = torch.tensor([0, *PARTS]).cumsum(0).int().to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        hidden = model.get_decoder()(
+            input_ids=torch.cat(parts)[None].to(device),
+            position_ids=torch.cat(positions)[None].to(device),
+            use_cache=False,
+            **attention.shared_prompt_boundaries(cu_parts, kernel),
+        ).last_hidden_state[0]
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    (hidden.float() * weights.to(device)).sum().backward()
+    grads: dict[str, Any] = {n: p.grad.cpu() for n, p in model.model.named_parameters()}
+    return {"hidden": hidden.detach().float().cpu(), **grads}
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("kernel", SHARING)
+def test_shared_prompts_are_near_float32_on_the_cpu(kernel: attention.Kernel, heads: int):
+    """Which the CPU tests hold against separate sequences; causal masks end bottom right."""
+    expected = run_shared("sdpa", heads=heads, device="cpu")
+    for name, value in run_shared(kernel, heads=heads).items():
+        want = expected[name]
+        # bf16 on a CPU: up to 0.12; with causal masks that end top left: at least 0.5
+        assert (value - want).norm() <= 0.25 * want.norm(), name
+
+
+@pytest.mark.parametrize("kernel", SHARING)
+def test_no_answer_sees_the_other(kernel: attention.Kernel):
+    before, after = (run_shared(kernel, heads=2, changed=c)["hidden"] for c in (None, 4))
+    shift = [float(s.max()) for s in (before - after).abs().amax(-1).split(PARTS)]
+    assert shift.pop(4) > 0.1
+    assert max(shift) == 0.0

@@ -20,7 +20,7 @@ from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import TrainingPlan
 from mediphi.data.tokens import TokenStore
-from mediphi.modules.causal_lm import CausalLMModule
+from mediphi.modules.language_model import LanguageModelModule
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_every_update_has_the_learning_rate_of_its_step(folder: Path, store: Tok
     assert watch.rates[::2] == pytest.approx([0.005, 0.01, 0.0075, 0.005, 0.0025])
 
 
-def broken(module: CausalLMModule, fault: str) -> CausalLMModule:
+def broken(module: LanguageModelModule, fault: str) -> LanguageModelModule:
     module.configure_model()
     if fault == "one layer asleep":
         module.backbone.model.layers[1].mlp.eval()
@@ -234,7 +234,7 @@ def test_a_healthy_model_starts(folder: Path, store: TokenStore):
 # --- NEFTune
 
 
-def losses(module: CausalLMModule, batch: TokenBatch, *, seed: int = 0) -> Tensor:
+def losses(module: LanguageModelModule, batch: TokenBatch, *, seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
     return module.loss(batch).per_token
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mediphi.batches import TokenBatch
+from mediphi.batches import Batch
 from mediphi.errors import NonFiniteError, UserError
 
 MAX_NAMES = 8
@@ -20,7 +20,7 @@ class FiniteGuard(Callback):
     One device-to-host read per optimizer step. The parameters stay as they were.
 
     Args:
-        document_id: names a row of `TokenBatch.document_index`; negative rows are filler.
+        document_id: names a row of `Batch.document_index`; negative rows are filler.
     """
 
     def __init__(self, document_id: Callable[[int], str]) -> None:
@@ -29,11 +29,11 @@ class FiniteGuard(Callback):
         self._rows: list[Tensor] = []
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: TokenBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch.num_global_targets <= 0:
             raise UserError(
-                f"step {trainer.global_step + 1} has no token with a loss; "
+                f"step {trainer.global_step + 1} has nothing with a loss; "
                 f"documents: {self._names([batch.document_index])}"
             )
         self._rows.append(batch.document_index)

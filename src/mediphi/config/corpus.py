@@ -8,6 +8,18 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from mediphi.config.strict import BrokenRule, Strict
 from mediphi.records import TaskKind
 
+RecordKind = Literal["text", "conversation", "preference"]
+"""What a corpus yields: PIT and DAPT read text, SFT conversations, DPO preferences."""
+
+RowFormat = Literal[
+    "text", "mediflow", "mediflow_dpo", "messages", "prompt_completion", "preference"
+]
+"""How a row is laid out: plain text; MediFlow's columns; TRL's dataset types, conversational or
+not."""
+
+Stratum = Literal["task_type", "input_data", "output_format", "error_type", "difficulty_level"]
+"""MediFlow's columns that rows can be shared out over."""
+
 CodeLevel = Literal["category", "subcategory", "code"]
 """ICD levels: `A00` is a category, `A00.0` a subcategory when it has children, else a code."""
 
@@ -42,6 +54,12 @@ class SourceBase(Strict):
     """Visits of its documents per epoch."""
     max_documents: PositiveInt | None = None
     """Keep so many, chosen by hash; null: all."""
+    side: Literal["split", "train", "heldout"] = "split"
+    """Split its groups by hash, or take all of it for one side."""
+
+    @property
+    def record_kind(self) -> RecordKind:
+        return "text"
 
 
 class Icd10cmSource(SourceBase):
@@ -84,27 +102,58 @@ class FolderSource(SourceBase):
     path: str
 
 
-class FileSource(SourceBase):
-    """The user's own JSONL, Parquet, text files or `datasets` folder; a file, folder or glob.
+class RowSource(SourceBase):
+    """A table of rows.
 
     `group_field` names the column whose equal values stay on one side of a split (a patient, a
-    page); without it every row is its own group.
+    page); without it every row is its own group. Of conversations and preferences `max_documents`
+    can keep the best instead of a share by hash, and the same number of every kind.
     """
 
-    kind: Literal["jsonl", "parquet", "text", "dataset_folder"]
-    path: str
-    """File, folder or glob."""
+    format: RowFormat = "text"
+    """How a row is laid out."""
     text_field: str = "text"
-    """Column of the text."""
+    """Column of the text, where `format` is text."""
     id_field: str | None = None
     """Column of unique ids; null: file and line."""
     group_field: str | None = None
     """Column whose equal values stay on one side of the split."""
     title_field: str | None = None
-    """Column of a short title."""
+    """Column of a short title, where `format` is text."""
+    choose_by: Literal["hash", "quality"] = "hash"
+    """What `max_documents` keeps: a share by hash, or the rows with the best `quality`."""
+    stratify_by: tuple[Stratum, ...] = ()
+    """Share `max_documents` out evenly over the values of these columns."""
+
+    @property
+    def record_kind(self) -> RecordKind:
+        if self.format == "text":
+            return "text"
+        return "preference" if self.format in ("preference", "mediflow_dpo") else "conversation"
+
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        is_mediflow = self.format.startswith("mediflow")
+        for key, value in (("choose_by", self.choose_by), ("stratify_by", self.stratify_by)):
+            if value not in ("hash", ()) and not is_mediflow:
+                yield BrokenRule(key, f"format={self.format} has no such columns; mediflow has")
+            elif value not in ("hash", ()) and self.max_documents is None:
+                yield BrokenRule(key, "needs max_documents: how many to keep")
 
 
-class HubSource(SourceBase):
+class FileSource(RowSource):
+    """The user's own JSONL, Parquet, text files or `datasets` folder; a file, folder or glob."""
+
+    kind: Literal["jsonl", "parquet", "text", "dataset_folder"]
+    path: str
+    """File, folder or glob."""
+
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        yield from super().broken_rules()
+        if self.kind == "text" and self.format != "text":
+            yield BrokenRule("format", "kind=text has plain text only; take jsonl or parquet")
+
+
+class HubSource(RowSource):
     """A dataset of the Hugging Face hub, streamed. `expected_*` are the published sizes."""
 
     kind: Literal["hub"]
@@ -116,14 +165,6 @@ class HubSource(SourceBase):
     """Configuration of the dataset."""
     split: str = "train"
     """Which split to read."""
-    text_field: str = "text"
-    """Column of the text."""
-    id_field: str | None = None
-    """Column of unique ids; null: split and row."""
-    group_field: str | None = None
-    """Column whose equal values stay on one side of the split."""
-    title_field: str | None = None
-    """Column of a short title."""
     expected_documents: PositiveInt | None = None
     """Published size; not enforced."""
     expected_tokens: PositiveInt | None = None
@@ -136,10 +177,16 @@ class UnavailableSource(SourceBase):
     kind: Literal["unavailable"]
     obtain: str
     """What to obtain, where, in which form."""
+    yields: RecordKind = "text"
+    """What its rows are."""
     expected_documents: PositiveInt | None = None
     """Published size."""
     expected_tokens: PositiveInt | None = None
     """Published size."""
+
+    @property
+    def record_kind(self) -> RecordKind:
+        return self.yields
 
 
 Source = Annotated[
@@ -197,3 +244,13 @@ class Corpus(Strict):
     """Stop at a bad row, or set it aside and count it."""
     max_bad_share: Annotated[NonNegativeFloat, Field(le=1)] = 0.01
     """Largest share of bad rows that `skip` lets pass."""
+
+    @property
+    def record_kind(self) -> RecordKind:
+        return next(iter(self.sources.values())).record_kind
+
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        kinds = {name: source.record_kind for name, source in self.sources.items()}
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+            yield BrokenRule("sources", f"must all yield the same kind of record ({found})")

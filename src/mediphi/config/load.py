@@ -6,14 +6,16 @@ After `load` no `DictConfig` exists.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from mediphi.config.report import dotted, line, render
+from mediphi.config.report import broken, dotted, line, render
 from mediphi.config.schema import Config
+from mediphi.config.strict import BROKEN_RULES, Strict
 from mediphi.errors import ConfigError
 
 MAX_DEPTH = 32
@@ -47,15 +49,69 @@ def check(cfg: DictConfig) -> tuple[Config | None, list[str]]:
         config = Config.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
         known = list(known_keys(Config, plain))
-        for item in error.errors(include_url=False):
-            # A key that could not be read is missing now; it has had its line.
-            if dotted(item["loc"], plain) not in unresolved:
-                lines += render(item, plain, known)
-        return None, lines
+        items = [e for e in error.errors(include_url=False) if e["type"] != BROKEN_RULES]
+        keys = [dotted(item["loc"], plain) for item in items]
+        # A key that could not be read is missing now; it has had its line.
+        told = [i for i, key in zip(items, keys, strict=True) if key not in unresolved]
+        lines += [render(item, plain, known) for item in told]
+        salvage = _Salvage(plain, bad={*unresolved, *keys})
+        salvage.section(Config, plain)
+        return None, lines + salvage.lines
     return (None, lines) if lines else (config, [])
 
 
-def known_keys(model: type[BaseModel], data: Any, prefix: str = "") -> Iterator[str]:
+class _Salvage:
+    """What is valid of a config that is not, to judge the rules between keys that are all fine.
+
+    Pydantic looks at no rule of a section before all its keys are valid.
+
+    Attributes:
+        lines: of the broken rules.
+    """
+
+    def __init__(self, plain: dict[str, Any], *, bad: set[str]) -> None:
+        self.lines: list[str] = []
+        self._plain = plain
+        self._bad = bad
+
+    def section(self, model: type[Strict], data: dict[str, Any], prefix: str = "") -> Strict:
+        """A section of what is valid, its rules judged; other keys raise AttributeError."""
+        bad = {name for name in model.model_fields if self._is_bad(model, name, data, prefix)}
+        values = {
+            name: self._value(field.annotation, data[name], prefix + name)
+            for name, field in model.model_fields.items()
+            if name in data and name not in bad
+        }
+        found = model.model_construct(**values)
+        for name in bad & found.__dict__.keys():  # a default is not what the user meant
+            del found.__dict__[name]
+        with suppress(AttributeError):  # a rule about a bad key says nothing
+            for rule in found.broken_rules():
+                self.lines.append(broken(prefix + rule.key, rule.allowed, self._plain))
+        return found
+
+    def _is_bad(self, model: type[Strict], name: str, data: dict[str, Any], prefix: str) -> bool:
+        """Sections with a bad key inside are not bad themselves, lists of values are."""
+        key, inside = prefix + name, set[str]()
+        annotation = model.model_fields[name].annotation
+        if not any(_sections(annotation)):
+            inside = {bad for bad in self._bad if bad.startswith(f"{key}.")}
+        elif get_origin(annotation) is dict and isinstance(data.get(name), dict):
+            inside = self._bad & {f"{key}.{entry}" for entry in data[name]}
+        return key in self._bad or bool(inside)
+
+    def _value(self, annotation: Any, data: Any, key: str) -> Any:
+        sections = list(_sections(annotation))
+        if isinstance(data, list):
+            return tuple(data)
+        if not sections or not isinstance(data, dict):
+            return data
+        if get_origin(annotation) is not dict:
+            return self.section(_chosen(sections, data)[0], data, f"{key}.")
+        return {k: self.section(_chosen(sections, v)[0], v, f"{key}.{k}.") for k, v in data.items()}
+
+
+def known_keys(model: type[Strict], data: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key that `data` may have, given the kinds that it names."""
     for name, field in model.model_fields.items():
         yield prefix + name
@@ -70,21 +126,21 @@ def known_keys(model: type[BaseModel], data: Any, prefix: str = "") -> Iterator[
                 yield from known_keys(section, value, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _sections(annotation: Any) -> Iterator[type[Strict]]:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
         yield annotation
     for inner in get_args(annotation):
         yield from _sections(inner)
 
 
-def _chosen(sections: list[type[BaseModel]], data: Any) -> list[type[BaseModel]]:
+def _chosen(sections: list[type[Strict]], data: Any) -> list[type[Strict]]:
     if len(sections) == 1:
         return sections
     kind = data.get("kind") if isinstance(data, dict) else None
     return [s for s in sections if kind in _kinds(s)] or sections
 
 
-def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+def _kinds(section: type[Strict]) -> tuple[Any, ...]:
     field = section.model_fields.get("kind")
     annotation = field.annotation if field else None
     return get_args(annotation) if get_origin(annotation) is Literal else ()

@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mediphi.config.strict import BROKEN_RULES
-
 MAX_VALUE = 60
 SECRET_KEY = re.compile(r"(^|[._\-/+])(\w*_)?(api_?key|key|token|password|passwd|secret)$", re.I)
 """Keys whose value is never echoed; `*_tokens` counts tokens and is no secret."""
@@ -60,8 +58,8 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
     return nearest(key, known)
 
 
-def render(error: Mapping[str, Any], plain: object, known: Sequence[str]) -> list[str]:
-    """Lines of one pydantic error dictionary.
+def render(error: Mapping[str, Any], plain: object, known: Sequence[str]) -> str:
+    """The line of one pydantic error dictionary.
 
     Args:
         error: an item of `ValidationError.errors()`.
@@ -70,25 +68,21 @@ def render(error: Mapping[str, Any], plain: object, known: Sequence[str]) -> lis
     """
     kind, value, ctx = error["type"], error["input"], error.get("ctx", {})
     key = dotted(error["loc"], plain)
-    if kind == BROKEN_RULES:
-        return [
-            _broken(f"{key}.{r.key}" if key else r.key, r.allowed, plain) for r in ctx["broken"]
-        ]
     if kind == "missing":
-        return [line(key, ..., "missing, and it has no default")]
+        return line(key, ..., "missing, and it has no default")
     if kind == "extra_forbidden":
-        return [line(key, value, "unknown key", nearest_key(key, known))]
+        return line(key, value, "unknown key", nearest_key(key, known))
     if kind == "union_tag_invalid":
         options = re.findall(r"'([^']+)'", ctx["expected_tags"])
         near = nearest(ctx["tag"], options)
-        return [line(f"{key}.kind", ctx["tag"], f"allowed: {', '.join(options)}", near)]
+        return line(f"{key}.kind", ctx["tag"], f"allowed: {', '.join(options)}", near)
     if kind == "union_tag_not_found":
-        return [line(f"{key}.kind", ..., "missing, it says which keys the others are")]
+        return line(f"{key}.kind", ..., "missing, it says which keys the others are")
     if kind == "literal_error":
         options = re.findall(r"'([^']+)'", ctx["expected"])
         near = nearest(value, options) if isinstance(value, str) else None
-        return [line(key, value, f"allowed: {', '.join(options)}", near)]
-    return [line(key, value, _wants(kind, value, ctx) or error["msg"])]
+        return line(key, value, f"allowed: {', '.join(options)}", near)
+    return line(key, value, _wants(kind, value, ctx) or error["msg"])
 
 
 def dotted(loc: Sequence[str | int], plain: object) -> str:
@@ -108,7 +102,8 @@ def dotted(loc: Sequence[str | int], plain: object) -> str:
     return ".".join(parts)
 
 
-def _broken(key: str, allowed: str, plain: object) -> str:
+def broken(key: str, allowed: str, plain: object) -> str:
+    """The line of a rule between keys; `key` is the one to change."""
     node: Any = plain
     for part in key.split("."):
         node = node.get(part, ...) if isinstance(node, dict) else ...

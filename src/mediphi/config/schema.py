@@ -5,11 +5,11 @@ memory*. Accumulation is derived from both and must come out whole.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from mediphi.config.corpus import Corpus
+from mediphi.config.corpus import Corpus, RecordKind
 from mediphi.config.strict import BrokenRule, Strict
 from mediphi.records import Difficulty
 
@@ -62,12 +62,38 @@ class Quiz(Strict):
     """How near the wrong answers stand in the code hierarchy."""
 
 
+class Lora(Strict):
+    """Low-rank adapters (Hu et al. 2021) in place of full-parameter training."""
+
+    rank: PositiveInt = 16
+    """Inner dimension of the adapters."""
+    alpha: PositiveFloat = 32.0
+    """Scale: adapters count `alpha / rank`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On the adapters' input."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one; all-linear: all but the head."""
+    export: Literal["merged", "adapter"] = "merged"
+    """Publish a whole model with the adapters in its weights, or the adapters beside it too."""
+
+
+class TaskExam(Strict):
+    """Held-out prompts answered greedily, before and after training, scored by task type."""
+
+    per_task: PositiveInt = 25
+    """Most prompts of a task type."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer."""
+
+
 class TrainingStage(Strict):
     """What all training stages share.
 
     `global_batch` counts packed rows of `max_length` tokens per optimizer step. Documents longer
     than `max_length` are split, never cut.
     """
+
+    reads: ClassVar[RecordKind] = "text"
 
     global_batch: PositiveInt
     """Packed rows per optimizer step, over all devices."""
@@ -80,11 +106,16 @@ class TrainingStage(Strict):
     """Optimizer steps between held-out evaluations."""
     eval_max_rows: PositiveInt = 64
     """Packed rows that an evaluation reads at most."""
+
+
+class TextStage(TrainingStage):
+    """What PIT and DAPT share."""
+
     quiz: Quiz | None = None
     """null: no quiz."""
 
 
-class PitStage(TrainingStage):
+class PitStage(TextStage):
     """Pre-instruction tuning (Jiang et al. 2024): task outputs, then outputs with documents."""
 
     kind: Literal["pit"]
@@ -94,14 +125,71 @@ class PitStage(TrainingStage):
     """Task outputs with their documents."""
 
 
-class DaptStage(TrainingStage):
+class DaptStage(TextStage):
     """Domain-adaptive pre-training: next-token prediction on the documents."""
 
     kind: Literal["dapt"]
     phase: Phase
 
 
-Stage = Annotated[PitStage | DaptStage, Field(discriminator="kind")]
+class ChatStage(TrainingStage):
+    """What SFT and DPO share: whole conversations, never cut.
+
+    One that is longer than `max_length` (or, for DPO, whose two answers are) is left out, counted
+    and told; `too_long: refuse` stops instead.
+    """
+
+    phase: Phase
+    too_long: Literal["drop", "refuse"] = "drop"
+    """What becomes of a conversation that does not fit into `max_length`."""
+    lora: Lora | None = None
+    """null: train all parameters."""
+
+
+class SftStage(ChatStage):
+    """Supervised fine-tuning on the assistant's answers."""
+
+    reads: ClassVar[RecordKind] = "conversation"
+
+    kind: Literal["sft"]
+    train_on_prompt: bool = False
+    """Learn the prompts' tokens too."""
+    exam: TaskExam | None = TaskExam()
+    """null: no task scores."""
+    num_samples: NonNegativeInt = 4
+    """Held-out prompts answered at every evaluation, written to `samples.jsonl`; only of sources
+    whose licence says `contains_phi: false`."""
+
+
+class DpoStage(ChatStage):
+    """Direct preference optimisation (Rafailov et al. 2023) and its variants."""
+
+    reads: ClassVar[RecordKind] = "preference"
+
+    kind: Literal["dpo"]
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference; IPO's tau."""
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    """Which function of the margin."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels taken to be wrong: cDPO with sigmoid, robust DPO with robust."""
+    length_normalised: bool = False
+    """Log-probabilities per token instead of summed."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the cross-entropy of the chosen answers, per token, beside the preference loss."""
+    reference: Literal["cached", "live", "none"] = "cached"
+    """Log-probabilities of the reference: computed once and kept, beside every step, or zero."""
+    share_prompt: bool = True
+    """One forward pass of the prompt for both answers."""
+
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            yield BrokenRule("label_smoothing", f"loss={self.loss} has none; sigmoid and robust do")
+        if self.loss == "robust" and not self.label_smoothing:
+            yield BrokenRule("label_smoothing", "loss=robust needs the share of wrong labels, > 0")
+
+
+Stage = Annotated[PitStage | DaptStage | SftStage | DpoStage, Field(discriminator="kind")]
 
 
 class Model(Strict):
@@ -113,10 +201,10 @@ class Model(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     """Part of the run's name."""
-    init: Literal["pretrained", "random"]
-    """Read weights, or draw them after `seed`."""
+    init: Literal["auto", "pretrained", "random"] = "auto"
+    """Read weights, or draw them after `seed`; auto: read them where there is a `path`."""
     path: str | None = None
-    """Local folder or hub id with weights."""
+    """Run directory, local folder or hub id with weights."""
     architecture: str | None = None
     """Local folder with config and tokenizer."""
     revision: str = "main"
@@ -125,14 +213,19 @@ class Model(Strict):
     @property
     def folder(self) -> str:
         """Folder or hub id of config and tokenizer, and of the weights unless `init` is random."""
-        chosen = self.path if self.init == "pretrained" else self.architecture or self.path
+        chosen = self.path if self.is_pretrained else self.architecture or self.path
         assert chosen is not None  # broken_rules has seen to it
         return chosen
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether weights are read."""
+        return self.init == "pretrained" or (self.init == "auto" and self.path is not None)
 
     def broken_rules(self) -> Iterator[BrokenRule]:
         if self.init == "pretrained" and not self.path:
             yield BrokenRule("path", "init=pretrained needs a local folder or hub id with weights")
-        if self.init == "random" and not (self.architecture or self.path):
+        if not self.is_pretrained and not (self.architecture or self.path):
             yield BrokenRule("architecture", "init=random needs a folder with config and tokenizer")
 
 
@@ -205,6 +298,18 @@ class Paths(Strict):
     """Tokenised corpora."""
 
 
+READS: dict[RecordKind, str] = {
+    "text": "plain text",
+    "conversation": "conversations",
+    "preference": "preference pairs",
+}
+EXAMPLES: dict[RecordKind, str] = {
+    "text": "medcode",
+    "conversation": "mediflow",
+    "preference": "mediflow_dpo",
+}
+
+
 class Config(Strict):
     """A whole experiment."""
 
@@ -224,6 +329,13 @@ class Config(Strict):
     """Validate, prepare the data, print the plan, stop."""
 
     def broken_rules(self) -> Iterator[BrokenRule]:
+        if self.corpus.record_kind != self.stage.reads:
+            yield BrokenRule(
+                "corpus",
+                f"stage={self.stage.kind} reads {READS[self.stage.reads]}, the corpus "
+                f"{self.corpus.name!r} yields {READS[self.corpus.record_kind]}; "
+                f"take corpus={EXAMPLES[self.stage.reads]}, or set the sources' format",
+            )
         rows, batch = self.rows_per_pass, self.stage.global_batch
         if batch % rows:
             lower, upper = batch // rows * rows, (batch // rows + 1) * rows

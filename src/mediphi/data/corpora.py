@@ -1,27 +1,27 @@
-"""Corpus config -> documents: read, chosen, without duplicates, split; counted by source.
+"""Corpus config -> records: read, chosen, without duplicates, split; counted by source.
 
-Order of decisions: `max_documents` by hash of id, then duplicates, then the split by hash of
-`group_id`. None of them depends on reading order, on other sources or on the machine, but that a
-document gives way to its duplicate in whichever source. `weight` is the packing plan's business.
+Order of decisions: `max_documents` (see `selection`), then duplicates, then the split by hash of
+`group_id`, unless the source says which side it is. None of them depends on reading order, on other
+sources or on the machine, but that a record gives way to its duplicate in whichever source.
+`weight` is the packing plan's business.
 """
 
-import heapq
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mediphi.config.corpus import Corpus, Source
 from mediphi.data import sources
 from mediphi.data.bad_rows import BadRows
 from mediphi.data.duplicates import DuplicateIndex
+from mediphi.data.selection import Candidates, hash_number
 from mediphi.data.spool import Spool
 from mediphi.errors import DataError, UserError
-from mediphi.records import NO_FACTS, Document
+from mediphi.records import NO_FACTS, Document, Record
 
 Side = Literal["train", "heldout"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -30,7 +30,6 @@ CODE_TABLES = ("icd10cm", "icd9cm")
 """Kinds without near duplicates: sibling codes differ in the one word that matters."""
 
 _DROPPED = 255
-_TEXT = 3
 
 
 @dataclass
@@ -49,47 +48,52 @@ class SourceCounts:
     heldout: int = 0
 
 
-def split_side(group_id: str, heldout_fraction: float) -> Side:
-    """The side of a group: held out when its hash falls into the first `heldout_fraction`."""
-    return "heldout" if _share("split", group_id) < heldout_fraction * 2**64 else "train"
+def split_side(
+    group_id: str, heldout_fraction: float, *, side: Literal["split", "train", "heldout"] = "split"
+) -> Side:
+    """The side of a group: held out when its hash falls into the first `heldout_fraction`.
 
-
-def _share(purpose: str, key: str) -> int:
-    """A number below 2^64 that depends on nothing but the words."""
-    return int.from_bytes(sha256(f"{purpose}\0{key}".encode()).digest()[:8], "big")
+    Args:
+        group_id: of a record.
+        heldout_fraction: share of groups, 0 to 1.
+        side: of its source; unless it is `split` the whole source stands there.
+    """
+    if side != "split":
+        return side
+    return "heldout" if hash_number("split", group_id) < heldout_fraction * 2**64 else "train"
 
 
 class CorpusReading:
-    """The kept documents of a corpus; texts lie in a spool, not in memory.
+    """The kept records of a corpus; texts lie in a spool, not in memory.
 
     Attributes:
         counts: per source, in the config's order.
     """
 
     def __init__(self, spool: Spool, *, ids: list[str], sides: bytearray) -> None:
-        """Made by `read_documents`; `sides` is 0, 1 or `_DROPPED` per document."""
+        """Made by `read_documents`; `sides` is 0, 1 or `_DROPPED` per record."""
         self.counts: dict[str, SourceCounts] = {}
         self._spool = spool
         self._ids = ids
         self._sides = sides
 
-    def documents(self, side: Side | None = None) -> Iterator[Document]:
-        """Yield the kept documents of one side, or of both, in reading order."""
+    def records(self, side: Side | None = None) -> Iterator[Record]:
+        """Yield the kept records of one side, or of both, in reading order."""
         wanted = SIDES if side is None else (side,)
         for number, at in enumerate(self._sides):
             if at != _DROPPED and SIDES[at] in wanted:
                 yield _unpacked(self._spool[number])
 
     def __len__(self) -> int:
-        """Number of kept documents."""
+        """Number of kept records."""
         return len(self._sides) - self._sides.count(_DROPPED)
 
-    def __contains__(self, document_id: object) -> bool:
-        """Whether a document with this id was read, kept or not."""
-        if not isinstance(document_id, str):
+    def __contains__(self, record_id: object) -> bool:
+        """Whether a record with this id was read, kept or not."""
+        if not isinstance(record_id, str):
             return False
-        place = bisect_left(self._ids, document_id)
-        return place < len(self._ids) and self._ids[place] == document_id
+        place = bisect_left(self._ids, record_id)
+        return place < len(self._ids) and self._ids[place] == record_id
 
     def close(self) -> None:
         self._spool.close()
@@ -106,12 +110,12 @@ def read_documents(
 ) -> CorpusReading:
     """Read all sources of a corpus once.
 
-    Memory: about 100 bytes and the id of each document, plus `DuplicateIndex`'s share.
+    Memory: about 100 bytes and the id of each record, plus `DuplicateIndex`'s share.
 
     Args:
         corpus: the config section.
         quarantine: file for the reasons of bad rows, made anew; only under `on_bad: skip`.
-        spool_folder: where the unnamed temporary file with the documents goes.
+        spool_folder: where the unnamed temporary file with the records goes.
 
     Raises:
         DataError: a bad row or file, too many bad rows, or an id that repeats.
@@ -146,27 +150,26 @@ class _Scan:
         self._source_ids = array("H")
 
     def read(self, name: str, source: Source, bad_rows: BadRows) -> None:
-        """Spool a source's documents, all on their side, and drop what is not chosen."""
-        chosen: list[tuple[int, int]] = []  # a heap with the largest hash on top, by its negative
+        """Spool a source's records, all on their side, and drop what is not chosen."""
         first, source_id = len(self._ids), self._names.index(name)
-        for document in sources.read(source, name=name, bad_rows=bad_rows):
-            number = self._add(document, near=source.kind not in CODE_TABLES)
+        candidates = Candidates(source)
+        for record in sources.read(source, name=name, bad_rows=bad_rows):
+            self._add(record, source)
             self._source_ids.append(source_id)
-            if source.max_documents is not None:
-                heapq.heappush(chosen, (-_share("choose", document.id), number))
-                if len(chosen) > source.max_documents:
-                    self._sides[heapq.heappop(chosen)[1]] = _DROPPED
+            candidates.add(record)
+        for number in candidates.not_chosen(self._ids[first:]):
+            self._sides[first + number] = _DROPPED
         counts = self._counts[name]
         counts.read = len(self._ids) - first
         counts.rejected = bad_rows.rejected
         counts.not_chosen = self._sides.count(_DROPPED, first)
 
-    def _add(self, document: Document, *, near: bool) -> int:
-        side = split_side(document.group_id, self._corpus.heldout_fraction)
-        self._ids.append(document.id)
+    def _add(self, record: Record, source: Source) -> None:
+        side = split_side(record.group_id, self._corpus.heldout_fraction, side=source.side)
+        self._ids.append(record.id)
         self._sides.append(SIDES.index(side))
-        self._duplicates.add(document.text, near=near)
-        return self.spool.append(_packed(document))
+        self._duplicates.add(record.text, near=source.kind not in CODE_TABLES)
+        self.spool.append(_packed(record))
 
     def judge(self) -> CorpusReading:
         """Drop duplicates, count, and hand over."""
@@ -174,7 +177,7 @@ class _Scan:
         ids = [self._ids[number] for number in order]
         self._refuse_repeats(ids)
         live = [number for number in order if self._sides[number] != _DROPPED]
-        found = self._duplicates.find(live, lambda number: self.spool[number][_TEXT])
+        found = self._duplicates.find(live, lambda number: _unpacked(self.spool[number]).text)
         for number in found.exact:
             self._drop(number).exact_duplicates += 1
         for number in found.near:
@@ -199,13 +202,18 @@ class _Scan:
                 raise DataError(f"corpus {self._corpus.name!r}: two documents have the id {first}")
 
 
-def _packed(document: Document) -> tuple[object, ...]:
-    facts = dict(document.facts) if document.facts else None
-    head = (document.id, document.group_id, document.source)
-    return (*head, document.text, document.title, facts)
+def _packed(record: Record) -> object:
+    """Other records are pickled as they are; a document's facts may be a view."""
+    if not isinstance(record, Document):
+        return record
+    facts = dict(record.facts) if record.facts else None
+    head = (record.id, record.group_id, record.source)
+    return (*head, record.text, record.title, facts)
 
 
-def _unpacked(record: tuple) -> Document:
-    document_id, group_id, source, text, title, facts = record
+def _unpacked(packed: Any) -> Record:
+    if not isinstance(packed, tuple):
+        return packed
+    document_id, group_id, source, text, title, facts = packed
     facts = NO_FACTS if facts is None else facts
     return Document(document_id, group_id, source, text, title, facts)

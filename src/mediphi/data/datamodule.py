@@ -2,14 +2,25 @@
 
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 
-from mediphi.batches import TokenBatch
+from mediphi.batches import Batch
+from mediphi.data.groups import GroupNames, group_names
 from mediphi.data.loader import NO_DOCUMENT, PackedLoader, ResumableLoader
 from mediphi.data.plan import PlanSettings, Position, TrainingPlan
 from mediphi.data.tokens import TokenStore
+
+
+class References(NamedTuple):
+    """Log-probabilities of the answers of both sides, float32 `[documents, 2]` each."""
+
+    train: NDArray[np.float32]
+    heldout: NDArray[np.float32]
 
 
 class PackedDataModule(LightningDataModule):
@@ -21,6 +32,8 @@ class PackedDataModule(LightningDataModule):
         settings: of the training plan. Validation uses the same kinds and row size, one epoch,
             no weights, the same rows in the same order every time.
         max_heldout_rows: rows that validation reads.
+        references: log-probabilities of the pairs of each store under the reference model, float32
+            `[documents, 2]`.
         prefetch: batches that a thread prepares ahead; 0: none.
     """
 
@@ -31,9 +44,11 @@ class PackedDataModule(LightningDataModule):
         heldout: TokenStore | None,
         settings: PlanSettings,
         max_heldout_rows: int = 64,
+        references: References | None = None,
         prefetch: int = 0,
     ) -> None:
         super().__init__()
+        self.references = references
         self.train = train
         self.heldout = heldout
         self.settings = settings
@@ -41,10 +56,9 @@ class PackedDataModule(LightningDataModule):
         self.prefetch = prefetch
 
     @cached_property
-    def source_names(self) -> tuple[str, ...]:
-        """Names that `TokenBatch.source_ids` index, in training and validation."""
-        heldout = () if self.heldout is None else self.heldout.sources
-        return tuple(sorted({*self.train.sources, *heldout}))
+    def group_names(self) -> GroupNames:
+        """Names that the ids of a batch index, in training and validation."""
+        return group_names([store for store in (self.train, self.heldout) if store is not None])
 
     @cached_property
     def train_plan(self) -> TrainingPlan:
@@ -76,7 +90,8 @@ class PackedDataModule(LightningDataModule):
         return ResumableLoader(
             self.train_plan,
             rank=self._rank,
-            source_names=self.source_names,
+            group_names=self.group_names,
+            reference=self.references and self.references.train,
             prefetch=self.prefetch,
         )
 
@@ -87,13 +102,18 @@ class PackedDataModule(LightningDataModule):
         """
         if self.heldout_plan is None:
             return []
-        return PackedLoader(self.heldout_plan, rank=self._rank, source_names=self.source_names)
+        return PackedLoader(
+            self.heldout_plan,
+            rank=self._rank,
+            group_names=self.group_names,
+            reference=self.references and self.references.heldout,
+        )
 
     def position(self, step: int) -> Position:
         """Position in the training data after so many optimizer steps."""
         return self.train_plan.position(step)
 
-    def document_ids(self, batch: TokenBatch) -> list[str]:
+    def document_ids(self, batch: Batch) -> list[str]:
         """Which training documents a batch holds, to name them in an error."""
         rows = torch.unique(batch.document_index).tolist()
         return [self.train.document_id(row) for row in rows if row != NO_DOCUMENT]

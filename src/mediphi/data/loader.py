@@ -1,17 +1,19 @@
 """Turn a plan into batches, from any position."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from mediphi.batches import IGNORE, TokenBatch
+from mediphi.batches import IGNORE, Batch, TokenBatch
+from mediphi.data.groups import GroupIds, GroupNames
 from mediphi.data.packing import expand
+from mediphi.data.pairs import collate_pairs
 from mediphi.data.plan import Chunks, TrainingPlan
 from mediphi.data.prefetch import ahead
-from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError
+from mediphi.records import PIECE_KINDS
 
 NO_DOCUMENT = -1
 """`document_index` of the filler in a micro-batch that has no rows."""
@@ -23,7 +25,10 @@ class PackedLoader:
     Args:
         plan: what to train on.
         rank: which share of every step.
-        source_names: names that `TokenBatch.source_ids` index; the store's own when None.
+        group_names: names that the ids of a batch index: `source` and those of `LABELS`; the
+            store's own when None.
+        reference: float32 `[documents, 2]`, log-probabilities of each pair's answers under the
+            reference model.
         prefetch: batches that a thread prepares ahead; 0: none.
     """
 
@@ -32,36 +37,41 @@ class PackedLoader:
         plan: TrainingPlan,
         *,
         rank: int = 0,
-        source_names: Sequence[str] | None = None,
+        group_names: GroupNames | None = None,
+        reference: np.ndarray | None = None,
         prefetch: int = 0,
     ) -> None:
         self.plan = plan
         self.rank = rank
-        names = plan.store.sources if source_names is None else source_names
-        self._source_ids = np.array([names.index(n) for n in plan.store.sources], dtype=np.uint8)
+        self._ids = GroupIds(plan.store, group_names)
+        self._reference = reference
         self._prefetch = prefetch
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.accumulate
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self._from(0))
 
-    def __getitem__(self, index: int) -> TokenBatch:
+    def __getitem__(self, index: int) -> Batch:
         """Micro-batch `index` of this rank."""
-        step, part = divmod(index, self.plan.accumulate)
-        rows = self.plan.micro_batch(step, index=part, rank=self.rank)
-        targets = self.plan.num_global_targets(step)
+        plan = self.plan
+        step, part = divmod(index, plan.accumulate)
+        rows = plan.micro_batch(step, index=part, rank=self.rank)
+        targets = plan.num_global_targets(step)
+        if plan.settings.layout in ("pairs", "shared_pairs"):
+            return collate_pairs(
+                plan,
+                plan.chunks(rows),
+                ids=self._ids,
+                num_global_targets=targets,
+                reference=self._reference,
+            )
         if not len(rows):
-            return filler(self.plan.store.eos_id, num_global_targets=targets)
-        return collate(
-            self.plan.store,
-            self.plan.chunks(rows),
-            source_ids=self._source_ids,
-            num_global_targets=targets,
-        )
+            return filler(plan.store.eos_id, num_global_targets=targets)
+        return collate(plan, plan.chunks(rows), ids=self._ids, num_global_targets=targets)
 
-    def _from(self, first: int) -> Iterator[TokenBatch]:
+    def _from(self, first: int) -> Iterator[Batch]:
         return ahead((self[i] for i in range(first, len(self))), depth=self._prefetch)
 
 
@@ -77,7 +87,7 @@ class ResumableLoader(PackedLoader):
         super().__init__(plan, **options)
         self.consumed = 0
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self._from(self.consumed):
             self.consumed += 1
             yield batch
@@ -116,33 +126,32 @@ class ResumableLoader(PackedLoader):
 
 
 def collate(
-    store: TokenStore,
-    chunks: Chunks,
-    *,
-    source_ids: np.ndarray,
-    num_global_targets: int,
+    plan: TrainingPlan, chunks: Chunks, *, ids: GroupIds, num_global_targets: int
 ) -> TokenBatch:
     """Lay chunks end to end; each is a sequence of its own.
 
     Targets are the next token of the same chunk, through the EOS between pieces of one document;
-    `IGNORE` at the end of every chunk.
-
-    Args:
-        source_ids: uint8, from the store's source index to the batch's.
+    `IGNORE` at the end of every chunk, and where the next token is not to be learnt.
     """
+    store, settings = plan.store, plan.settings
     ends = np.cumsum(chunks.length)
     address = expand(chunks.address, chunks.length)
-    ids = store.gather(address)
-    targets = np.append(ids[1:], IGNORE)
+    input_ids = store.gather(address)
+    targets = np.append(input_ids[1:], IGNORE)
     targets[ends - 1] = IGNORE
     piece = np.searchsorted(store.piece_starts, address + 1, side="right") - 1
     piece = np.minimum(piece, len(store.piece_kinds) - 1)
+    kinds = store.piece_kinds[piece]
+    if settings.layout == "chat":
+        is_learnt = np.isin(np.arange(len(PIECE_KINDS)), [*map(PIECE_KINDS.index, settings.learnt)])
+        targets[~is_learnt[kinds]] = IGNORE
     row = {
-        "input_ids": ids,
+        "input_ids": input_ids,
         "target_ids": targets,
         "position_ids": expand(np.zeros_like(chunks.length), chunks.length),
-        "kind_ids": store.piece_kinds[piece],
-        "source_ids": source_ids[store.piece_sources[piece]],
+        "kind_ids": kinds,
+        "source_ids": ids.sources[store.piece_sources[piece]],
+        "task_ids": np.repeat(ids.of(chunks.document, "task_type"), chunks.length),
     }
     return TokenBatch(
         **{name: torch.from_numpy(values).unsqueeze(0) for name, values in row.items()},
@@ -156,12 +165,14 @@ def collate(
 def filler(eos_id: int, *, num_global_targets: int) -> TokenBatch:
     """A valid batch without a target, for a rank that has no rows left in a step."""
     zero = torch.zeros(1, 1, dtype=torch.int64)
+    no_group = zero.to(torch.uint8)
     return TokenBatch(
         input_ids=zero + eos_id,
         target_ids=zero + IGNORE,
         position_ids=zero,
-        kind_ids=zero.to(torch.uint8),
-        source_ids=zero.to(torch.uint8),
+        kind_ids=no_group,
+        source_ids=no_group,
+        task_ids=no_group,
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
         max_seqlen=1,
         num_global_targets=num_global_targets,

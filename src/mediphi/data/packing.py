@@ -48,7 +48,9 @@ class Packing(NamedTuple):
         return int(self.length.sum()) / max(1, self.num_rows * self.capacity)
 
 
-def pack(lengths: Ints, *, capacity: int, long_above: int | None = None) -> Packing:
+def pack(
+    lengths: Ints, *, capacity: int, long_above: int | None = None, reach: Ints | None = None
+) -> Packing:
     """Pack sequences into rows of `capacity` tokens by best-fit-decreasing.
 
     Sequences longer than `capacity` are split, not cut. Chunks longer than `long_above` get rows of
@@ -58,12 +60,15 @@ def pack(lengths: Ints, *, capacity: int, long_above: int | None = None) -> Pack
         lengths: int64 `[sequences]`, tokens of each sequence, at least 1.
         capacity: tokens of a row, at least 3.
         long_above: `original_max_position_embeddings` of a LongRoPE model; None: one kind of row.
+        reach: int64 `[sequences]`, positions that the model sees of a sequence that is not split,
+            where they are not as many as its tokens.
 
     Raises:
         ValueError: a length below 1 or a capacity below 3.
     """
     sequence, start, length = _split(np.asarray(lengths, dtype=np.int64), capacity)
-    is_long = length > (capacity if long_above is None else long_above)
+    seen = length if reach is None else np.minimum(reach[sequence], length)
+    is_long = seen > (capacity if long_above is None else long_above)
     row = np.empty(len(length), dtype=np.int64)
     num_short = _place(row, length, np.flatnonzero(~is_long), capacity, first_row=0)
     num_rows = _place(row, length, np.flatnonzero(is_long), capacity, first_row=num_short)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,19 @@ from mediphi.data.tokens import TokenStore
 from mediphi.errors import DataError
 from mediphi.records import PIECE_KINDS, PieceKind
 
+Layout = Literal["text", "chat", "pairs", "shared_pairs"]
+"""How pieces become sequences.
+
+`text`: every token but a chunk's first is a target; what is longer than a row is split.
+`chat`: tokens of `learnt` kinds are targets; conversations stay whole.
+`pairs`: prompt + chosen and prompt + rejected, two sequences side by side in one row.
+`shared_pairs`: prompt, chosen and rejected, the prompt once.
+What has to stay whole and does not fit into a row is left out and counted.
+"""
+
+CHAT_KINDS: tuple[PieceKind, ...] = ("system", "user", "answer")
+PAIR_KINDS: tuple[PieceKind, ...] = ("system", "user", "context", "chosen", "rejected")
+
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
@@ -25,6 +38,8 @@ class PlanSettings:
 
     Attributes:
         kinds: pieces to train on. PIT phase 1: all but `document`; phase 2: all; DAPT: `document`.
+        layout: how pieces become sequences, see `Layout`.
+        learnt: kinds whose tokens are targets, where `layout` is `chat`.
         capacity: tokens of a row.
         global_batch: rows of an optimizer step; a multiple of `micro_batch * world_size`.
         micro_batch: rows of one forward pass of one rank.
@@ -42,6 +57,8 @@ class PlanSettings:
     kinds: tuple[PieceKind, ...]
     capacity: int
     global_batch: int
+    layout: Layout = "text"
+    learnt: tuple[PieceKind, ...] = ("answer",)
     micro_batch: int = 1
     world_size: int = 1
     epochs: int = 1
@@ -60,20 +77,35 @@ class Sequences(NamedTuple):
         length: int64 `[sequences]`, tokens.
         document: int64 `[sequences]`, row in the store.
         source: uint8 `[sequences]`, index into the store's sources.
+        room: int64 `[sequences]`, tokens in a row: more than `length` where a prompt stands twice.
+        reach: int64 `[sequences]`, positions that the model sees: less where answers share them.
+        num_targets: int64 `[sequences]`, what the loss is divided by: targets, or 1 for a pair.
+        parts: int64 `[sequences, 3]`, tokens of prompt, chosen and rejected; no rows without pairs.
     """
 
     address: Ints
     length: Ints
     document: Ints
     source: NDArray[np.uint8]
+    room: Ints
+    reach: Ints
+    num_targets: Ints
+    parts: Ints
+
+    def take(self, chosen: Ints | NDArray[np.bool_]) -> "Sequences":
+        return Sequences(*(field[chosen] if len(field) else field for field in self))
 
 
 class Chunks(NamedTuple):
-    """Runs of tokens of one micro-batch, int64 `[chunks]` each."""
+    """Runs of tokens of one micro-batch, int64 `[chunks]` each; `parts` as of `Sequences`."""
 
     address: Ints
     length: Ints
     document: Ints
+    parts: Ints
+
+
+NO_PARTS = np.empty((0, 3), dtype=np.int64)
 
 
 class Position(NamedTuple):
@@ -86,6 +118,10 @@ class Position(NamedTuple):
 
 class TrainingPlan:
     """Rows of a phase in training order, over all epochs.
+
+    Attributes:
+        sequences: what is packed.
+        too_long: rows in the store of documents that had to stay whole and do not fit.
 
     Raises:
         DataError: the store holds no piece of the chosen kinds.
@@ -101,7 +137,7 @@ class TrainingPlan:
                 f"global_batch {settings.global_batch} is not a multiple of "
                 f"micro_batch {settings.micro_batch} x world_size {settings.world_size}"
             )
-        self.sequences = find_sequences(store, settings.kinds)
+        self.sequences, self.too_long = _fitting(store, settings)
         epochs = [self._pack_epoch(epoch) for epoch in range(settings.epochs)]
         self.epoch_row_ends = np.cumsum([0, *(epoch.num_rows for epoch in epochs)])
         self._set_rows(epochs)
@@ -122,8 +158,8 @@ class TrainingPlan:
 
     @property
     def num_targets(self) -> int:
-        """Positions with a loss: all but the last of every chunk."""
-        return self.num_tokens - len(self._sequence)
+        """What the losses of all steps are divided by: targets, or pairs."""
+        return int(self._target_ends[-1])
 
     @property
     def tokens_per_epoch(self) -> float:
@@ -160,10 +196,9 @@ class TrainingPlan:
         return digest.hexdigest()[:32]
 
     def num_global_targets(self, step: int) -> int:
-        """Positions with a loss in the optimizer step, over all micro-batches and ranks."""
+        """Targets, or pairs, of the optimizer step, over all micro-batches and ranks."""
         first, stop = self._step_rows(step)
-        tokens = self._token_ends[stop] - self._token_ends[first]
-        return int(tokens - (self._row_ends[stop] - self._row_ends[first]))
+        return int(self._target_ends[stop] - self._target_ends[first])
 
     def micro_batch(self, step: int, *, index: int, rank: int) -> Ints:
         """Rows of one forward pass, int64 `[0..micro_batch]`; empty where nothing is left.
@@ -189,6 +224,7 @@ class TrainingPlan:
             address=self.sequences.address[sequence] + self._start[index],
             length=self._length[index].astype(np.int64),
             document=self.sequences.document[sequence],
+            parts=self.sequences.parts[sequence] if len(self.sequences.parts) else NO_PARTS,
         )
 
     def position(self, step: int) -> Position:
@@ -215,9 +251,10 @@ class TrainingPlan:
         rng = np.random.default_rng([self.settings.seed, epoch, 1])
         chosen = rng.permutation(self._choose(epoch))
         packing = pack(
-            self.sequences.length[chosen],
+            self.sequences.room[chosen],
             capacity=self.settings.capacity,
             long_above=self.settings.long_above,
+            reach=self.sequences.reach[chosen],
         )
         order = rng.permutation(packing.num_rows)
         counts = np.diff(packing.row_ends)[order]
@@ -263,17 +300,36 @@ class TrainingPlan:
         self._length = _joined([epoch.length for epoch in epochs], kept)
         tokens = np.concatenate([[0], np.cumsum(self._length, dtype=np.int64)])
         self._token_ends = tokens[self._row_ends]
+        if self.settings.layout == "text":
+            self._target_ends = self._token_ends - self._row_ends  # all but a chunk's first
+        else:
+            targets = self.sequences.num_targets[self._sequence]
+            self._target_ends = np.concatenate([[0], np.cumsum(targets)])[self._row_ends]
         self._document_ends = np.concatenate([[0], np.cumsum(self._start == 0)])[self._row_ends]
 
 
-def find_sequences(store: TokenStore, kinds: tuple[PieceKind, ...]) -> Sequences:
+def _fitting(store: TokenStore, settings: PlanSettings) -> tuple[Sequences, Ints]:
+    """The sequences that can be trained on, and the documents of those that are too long."""
+    found = find_sequences(store, settings)
+    if settings.layout == "text":
+        return found, found.document[:0]
+    fits = found.room <= settings.capacity
+    if not fits.any():
+        raise DataError(
+            f"{store.path}: no conversation fits into stage.max_length={settings.capacity} tokens; "
+            f"the shortest has {int(found.room.min())}"
+        )
+    return found.take(fits), found.document[~fits]
+
+
+def find_sequences(store: TokenStore, settings: PlanSettings) -> Sequences:
     """The chosen pieces of every document that has any.
 
     Raises:
         DataError: no document has any, or the chosen pieces of a document have others in between.
     """
-    wanted = np.isin(store.piece_kinds, [PIECE_KINDS.index(kind) for kind in kinds])
-    chosen = np.flatnonzero(wanted)
+    kinds = settings.kinds
+    chosen = np.flatnonzero(_is_kind(store, kinds))
     if not len(chosen):
         raise DataError(f"{store.path}: no text of kinds {', '.join(kinds)} in the corpus")
     owner = store.pieces["document"][chosen].astype(np.int64)
@@ -282,12 +338,42 @@ def find_sequences(store: TokenStore, kinds: tuple[PieceKind, ...]) -> Sequences
     if np.any(chosen[last] - chosen[first] != last - first):
         raise DataError(f"{store.path}: kinds {', '.join(kinds)} are not next to each other")
     address = store.piece_starts[chosen[first]]
-    return Sequences(
+    length = store.piece_starts[chosen[last] + 1] - address
+    plain = Sequences(
         address=address,
-        length=store.piece_starts[chosen[last] + 1] - address,
+        length=length,
         document=owner[first],
         source=store.piece_sources[chosen[first]],
+        room=length,
+        reach=length,
+        num_targets=length - 1,
+        parts=NO_PARTS,
     )
+    if settings.layout == "chat":
+        learnt = np.where(_is_kind(store, settings.learnt), store.pieces["length"], 0)[chosen]
+        targets = np.add.reduceat(learnt.astype(np.int64), first)
+        # A sequence's first token is nobody's next.
+        return plain._replace(num_targets=targets - (learnt[first] > 0))
+    if settings.layout == "text":
+        return plain
+    return _pairs(plain, store, shared=settings.layout == "shared_pairs", last=chosen[last])
+
+
+def _pairs(plain: Sequences, store: TokenStore, *, shared: bool, last: Ints) -> Sequences:
+    """Both answers are a pair's last two pieces."""
+    rejected = store.pieces["length"][last].astype(np.int64)
+    chosen = store.pieces["length"][last - 1].astype(np.int64)
+    prompt = plain.length - chosen - rejected
+    return plain._replace(
+        room=plain.length if shared else plain.length + prompt,
+        reach=prompt + np.maximum(chosen, rejected),
+        num_targets=np.ones_like(prompt),
+        parts=np.stack([prompt, chosen, rejected], axis=1),
+    )
+
+
+def _is_kind(store: TokenStore, kinds: tuple[PieceKind, ...]) -> NDArray[np.bool_]:
+    return np.isin(store.piece_kinds, [PIECE_KINDS.index(kind) for kind in kinds])
 
 
 def _joined(parts: list[Ints], count: int) -> NDArray[np.uint32]:

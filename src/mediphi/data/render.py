@@ -6,10 +6,10 @@ tokenised; phase 1 trains on the pieces that are not the document, phase 2 on al
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from mediphi.records import TASK_KINDS, Document, PieceKind, TaskKind, TaskOutput
+from mediphi.records import NO_FACTS, TASK_KINDS, Document, PieceKind, TaskKind, TaskOutput
 
 RENDER_VERSION = "pit/1"
 """Part of every cache key; raise it when the rendered text of any document changes."""
@@ -28,10 +28,24 @@ CONTROL = re.compile(
 
 
 class Piece(NamedTuple):
-    """A run of text with one kind, without control tokens."""
+    """A run of text of one kind, with the token ids before and behind it.
+
+    Text holds no control tokens; they are ids. `suffix` None is the end of text.
+    """
 
     kind: PieceKind
     text: str
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] | None = None
+
+
+class Rendered(NamedTuple):
+    """A record as it will be tokenised; `labels` are values of `LABELS`."""
+
+    id: str
+    source: str
+    pieces: Sequence[Piece]
+    labels: Mapping[str, str] = NO_FACTS
 
 
 def pieces(document: Document, outputs: Iterable[TaskOutput]) -> list[Piece]:

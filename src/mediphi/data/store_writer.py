@@ -1,9 +1,11 @@
 """Append batches of pieces to the files of a token store, hashing and counting on the way."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mediphi.data.encoding import Encoded
+from mediphi.data.packing import expand
 from mediphi.data.tokens import (
-    MAX_SOURCES,
+    MAX_NAMES,
     PIECE,
     Count,
     StoredFile,
@@ -22,28 +25,36 @@ from mediphi.data.tokens import (
 )
 from mediphi.records import PIECE_KINDS
 
-_CELLS = MAX_SOURCES * len(PIECE_KINDS)
+_CELLS = MAX_NAMES * len(PIECE_KINDS)
 
 
 class Batch(NamedTuple):
-    """Whole documents, flattened to pieces. `documents` count from the batch's first document."""
+    """Whole documents, flattened to pieces. `documents` count from the batch's first document.
+
+    `prefixes` and `suffixes` are the token ids around each piece's text; `labels` are bytes, one
+    per name of `LABELS` and document, indices into the store's label names.
+    """
 
     ids: list[str]
+    labels: list[bytes]
     texts: list[str]
+    prefixes: list[tuple[int, ...]]
+    suffixes: list[tuple[int, ...]]
     documents: list[int]
     kinds: list[int]
     sources: list[int]
+
+    @classmethod
+    def empty(cls) -> "Batch":
+        return cls([], [], [], [], [], [], [], [])
 
 
 class StoreWriter:
     """Appends batches to the files of a store and counts what it writes."""
 
-    def __init__(
-        self, folder: Path, *, dtype: np.dtype[Any], eos_id: int, shard_tokens: int
-    ) -> None:
+    def __init__(self, folder: Path, *, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._folder = folder
         self._dtype = dtype
-        self._eos_id = eos_id
         self._shard_tokens = shard_tokens
         self._num_documents = 0
         self._shards: list[int] = []
@@ -51,16 +62,26 @@ class StoreWriter:
         self._pieces = _HashedFile(folder / "pieces.bin")
         self._text = _HashedFile(folder / "documents.bin")
         self._ends = _HashedFile(folder / "document_ends.bin")
-        self._files = [self._pieces, self._text, self._ends]
+        self._labels = _HashedFile(folder / "labels.bin")
+        self._files = [self._pieces, self._text, self._ends, self._labels]
 
     def write(self, batch: Batch, encoded: Encoded) -> None:
-        """Append whole documents; each piece gets its EOS, one without any id is left out."""
-        kept = encoded.lengths > 0
-        lengths = encoded.lengths[kept] + 1
+        """Append whole documents; a piece whose text has no ids and no prefix is left out."""
+        kept = (encoded.lengths > 0) | (_lengths(batch.prefixes) > 0)
+        prefixes = list(compress(batch.prefixes, kept))
+        suffixes = list(compress(batch.suffixes, kept))
+        before, after = _lengths(prefixes), _lengths(suffixes)
+        lengths = before + encoded.lengths[kept] + after
         ends = np.cumsum(lengths)
-        tokens = np.full(int(lengths.sum()), self._eos_id, dtype=self._dtype)
+        tokens = np.empty(int(lengths.sum()), dtype=self._dtype)
         is_text = np.ones(len(tokens), dtype=bool)
-        is_text[ends - 1] = False
+        for starts, sizes, ids in (
+            (ends - lengths, before, prefixes),
+            (ends - after, after, suffixes),
+        ):
+            places = expand(starts, sizes)
+            tokens[places] = np.fromiter(chain.from_iterable(ids), np.int64, len(places))
+            is_text[places] = False
         tokens[is_text] = encoded.ids
         self._append_tokens(tokens)
         pieces = np.empty(len(lengths), dtype=PIECE)
@@ -73,10 +94,13 @@ class StoreWriter:
         name_ends = np.cumsum([len(name) for name in names], dtype="<i8") + self._text.size
         self._text.append(b"".join(names))
         self._ends.append(name_ends.tobytes())
+        self._labels.append(b"".join(batch.labels))
         self._num_documents += len(names)
         self._count(pieces, np.array([len(text) for text in batch.texts])[kept])
 
-    def finish(self, key: StoreKey, sources: tuple[str, ...]) -> StoreManifest:
+    def finish(
+        self, key: StoreKey, *, sources: tuple[str, ...], labels: dict[str, tuple[str, ...]]
+    ) -> StoreManifest:
         """Flush to the disk and describe what was written."""
         for file in self._files:
             file.close(sync=True)
@@ -85,6 +109,7 @@ class StoreWriter:
             key=key,
             dtype=self._dtype.str,
             sources=sources,
+            labels=labels,
             num_documents=self._num_documents,
             num_pieces=sum(count.pieces for count in counts),
             counts=counts,
@@ -132,6 +157,10 @@ class _HashedFile:
         if sync:
             os.fsync(self._stream.fileno())
         self._stream.close()
+
+
+def _lengths(ids: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
+    return np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
 
 
 def _counts(table: NDArray[np.int64], sources: tuple[str, ...]) -> tuple[Count, ...]:

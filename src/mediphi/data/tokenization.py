@@ -16,17 +16,18 @@ from contextlib import closing
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
 from mediphi.data.encoding import Encoded, Encoder, make_encoder, plain_text_json
 from mediphi.data.prefetch import ahead
+from mediphi.data.render import Piece, Rendered
 from mediphi.data.store_writer import Batch, StoreWriter
 from mediphi.data.tokens import (
     MANIFEST,
-    MAX_SOURCES,
+    MAX_NAMES,
     StoreKey,
     StoreManifest,
     TokenStore,
@@ -35,24 +36,12 @@ from mediphi.data.tokens import (
     write_manifest,
 )
 from mediphi.errors import DataError, MachineError
-from mediphi.records import PIECE_KINDS
+from mediphi.records import LABELS, PIECE_KINDS
 
 _BATCH_CHARACTERS = 2_000_000
 _SHARD_TOKENS = 128 * 2**20
 _KIND_IDS = {kind: index for index, kind in enumerate(PIECE_KINDS)}
-_DOCUMENT = _KIND_IDS["document"]
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class PieceLike(Protocol):
-    @property
-    def kind(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-
-
-Rendered = tuple[str, str, Iterable[PieceLike]]
-"""Document id, source name, pieces."""
 
 
 def build_store(
@@ -67,15 +56,15 @@ def build_store(
     """The store of `key`: opened and checked when it exists, else built from `documents`.
 
     Args:
-        documents: read only when the store has to be built. Empty pieces are left out, documents
-            without any piece too.
+        documents: read only when the store has to be built. Pieces without text and prefix are
+            left out, documents without any piece too.
         tokenizer: `tokenizers.Tokenizer` or a transformers fast tokenizer.
         num_workers: processes that encode; 0 encodes in this one.
         shard_tokens: a shard is closed after the batch that reaches this size.
 
     Raises:
         ArtifactError: a store of this key exists and is damaged.
-        DataError: more than 255 sources.
+        DataError: more than 255 sources or values of a label.
         MachineError: the disk is full.
     """
     path = store_path(cache, key)
@@ -105,7 +94,7 @@ def build_store(
 def _writer(folder: Path, *, tokenizer: Any, key: StoreKey, shard_tokens: int) -> StoreWriter:
     largest = max(*tokenizer.get_vocab().values(), key.eos_id)
     dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
-    return StoreWriter(folder, dtype=dtype, eos_id=key.eos_id, shard_tokens=shard_tokens)
+    return StoreWriter(folder, dtype=dtype, shard_tokens=shard_tokens)
 
 
 def _write(
@@ -116,40 +105,64 @@ def _write(
     num_workers: int,
     key: StoreKey,
 ) -> StoreManifest:
-    sources: dict[str, int] = {}
+    batching = _Batching(key.eos_id)
     encode = _encode_here if num_workers == 0 else partial(_encode_in_workers, num=num_workers)
-    batches = encode(_batches(documents, sources), plain_json)
+    batches = encode(batching.batches(documents), plain_json)
     try:
         for batch, encoded in batches:
             writer.write(batch, encoded)
-        return writer.finish(key, tuple(sources))
+        labels = {name: tuple(values) for name, values in batching.labels.items()}
+        return writer.finish(key, sources=tuple(batching.sources), labels=labels)
     finally:
         writer.close()
         batches.close()
 
 
-def _batches(documents: Iterable[Rendered], sources: dict[str, int]) -> Iterator[Batch]:
-    """Group documents up to some characters; `sources` learns the names in order of appearance."""
-    batch, characters = Batch([], [], [], [], []), 0
-    for document_id, source, pieces in documents:
-        kept = [(_KIND_IDS[piece.kind], piece.text) for piece in pieces if piece.text]
-        if not kept:
-            continue
-        source_id = sources.setdefault(source, len(sources))
-        if source_id >= MAX_SOURCES:
-            raise DataError(f"corpus: more than {MAX_SOURCES} sources; merge some of them")
-        for kind, text in sorted(kept, key=lambda piece: piece[0] == _DOCUMENT):
-            batch.texts.append(text)
-            batch.documents.append(len(batch.ids))
-            batch.kinds.append(kind)
-            batch.sources.append(source_id)
-            characters += len(text)
-        batch.ids.append(document_id)
-        if characters >= _BATCH_CHARACTERS:
+class _Batching:
+    """Groups documents up to some characters.
+
+    `sources` and `labels` learn the names in order of appearance.
+    """
+
+    def __init__(self, eos_id: int) -> None:
+        self.sources: dict[str, int] = {}
+        self.labels: dict[str, dict[str, int]] = {name: {"": 0} for name in LABELS}
+        self._end = (eos_id,)
+
+    def batches(self, documents: Iterable[Rendered]) -> Iterator[Batch]:
+        batch, characters = Batch.empty(), 0
+        for document in documents:
+            kept = [piece for piece in document.pieces if piece.text or piece.prefix]
+            if not kept:
+                continue
+            # The document is the last of its pieces.
+            self._add(batch, document, sorted(kept, key=lambda piece: piece.kind == "document"))
+            characters += sum(len(piece.text) for piece in kept)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = Batch.empty(), 0
+        if batch.ids:
             yield batch
-            batch, characters = Batch([], [], [], [], []), 0
-    if batch.ids:
-        yield batch
+
+    def _add(self, batch: Batch, document: Rendered, pieces: list[Piece]) -> None:
+        source_id = _index(self.sources, document.source, "sources")
+        for piece in pieces:
+            batch.texts.append(piece.text)
+            batch.prefixes.append(piece.prefix)
+            batch.suffixes.append(self._end if piece.suffix is None else piece.suffix)
+            batch.documents.append(len(batch.ids))
+            batch.kinds.append(_KIND_IDS[piece.kind])
+            batch.sources.append(source_id)
+        values = ((name, document.labels.get(name, "")) for name in LABELS)
+        batch.labels.append(bytes(_index(self.labels[n], v, f"values of {n}") for n, v in values))
+        batch.ids.append(document.id)
+
+
+def _index(known: dict[str, int], name: str, what: str) -> int:
+    index = known.setdefault(name, len(known))
+    if index >= MAX_NAMES:
+        raise DataError(f"corpus: more than {MAX_NAMES} {what}; merge some of them")
+    return index
 
 
 def _encode_here(

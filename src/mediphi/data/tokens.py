@@ -2,8 +2,9 @@
 
 `<cache>/tokens/<key>/` holds `tokens-00000.bin` ... (uint16, or uint32 above 65,536 ids),
 `pieces.bin` (one `PIECE` row per piece, in token order), `documents.bin` with `document_ends.bin`
-(the ids, UTF-8 end to end) and `store.json` (counts, hashes, versions). Every piece ends with EOS.
-A document's pieces lie next to each other, task outputs first, the document last.
+(the ids, UTF-8 end to end), `labels.bin` (one byte per document and name of `LABELS`) and
+`store.json` (counts, hashes, versions). A document's pieces lie next to each other: task outputs
+first and the document last, each ending with EOS; or the parts of a conversation, in order.
 """
 
 import json
@@ -17,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mediphi.errors import ArtifactError
-from mediphi.records import PIECE_KINDS
+from mediphi.records import LABELS, PIECE_KINDS
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "store.json"
-MAX_SOURCES = 255
+MAX_NAMES = 255
 PIECE = np.dtype([("length", "<u4"), ("document", "<u4"), ("kind", "u1"), ("source", "u1")])
 
 
@@ -33,7 +34,7 @@ class StoreKey(NamedTuple):
         render: version of the rendering code.
         data: fingerprint of the documents and task outputs.
         split: name of the split.
-        eos_id: id that ends every piece.
+        eos_id: id that ends every piece of plain text.
     """
 
     tokenizer: str
@@ -44,7 +45,7 @@ class StoreKey(NamedTuple):
 
     @property
     def digest(self) -> str:
-        parts = json.dumps([FORMAT, PIECE_KINDS, *self], separators=(",", ":"))
+        parts = json.dumps([FORMAT, PIECE_KINDS, LABELS, *self], separators=(",", ":"))
         return sha256(parts.encode()).hexdigest()[:32]
 
 
@@ -68,11 +69,17 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoreManifest:
-    """What `store.json` says. `shards` are tokens per shard file."""
+    """What `store.json` says.
+
+    Attributes:
+        labels: for each of `LABELS` the values that occur; the first is "" (the row has none).
+        shards: tokens per shard file.
+    """
 
     key: StoreKey
     dtype: str
     sources: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]]
     num_documents: int
     num_pieces: int
     counts: tuple[Count, ...]
@@ -128,6 +135,11 @@ class TokenStore:
     def piece_sources(self) -> NDArray[np.uint8]:
         """Index into `sources` of every piece, uint8 `[pieces]`."""
         return np.ascontiguousarray(self.pieces["source"])
+
+    @cached_property
+    def labels(self) -> NDArray[np.uint8]:
+        """Index into `manifest.labels` of every document, uint8 `[documents, LABELS]`."""
+        return self._map("labels.bin", np.dtype("u1")).reshape(-1, len(LABELS))
 
     def gather(self, address: NDArray[np.int64]) -> NDArray[np.int64]:
         """Token ids at the given addresses, int64, same shape."""
@@ -195,6 +207,7 @@ def read_manifest(path: Path) -> StoreManifest:
             key=StoreKey(**content["key"]),
             dtype=content["dtype"],
             sources=tuple(content["sources"]),
+            labels={name: tuple(values) for name, values in content["labels"].items()},
             num_documents=content["num_documents"],
             num_pieces=content["num_pieces"],
             counts=tuple(Count(**count) for count in content["counts"]),

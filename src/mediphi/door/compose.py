@@ -7,7 +7,6 @@ it, and composes again until the schema can judge the rest.
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 from mediphi.config.load import check, known_keys
 from mediphi.config.report import line, nearest, nearest_key
 from mediphi.config.schema import Config
+from mediphi.door.section import CheckedLoader
 from mediphi.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def make_loader(conf: Path, extra: Path | None = None) -> ConfigLoader:
     if extra is not None:
         before = SearchPathQuery(provider="schema")
         paths.prepend("command-line", f"file://{extra.resolve()}", before)
-    return ConfigLoaderImpl(paths)
+    return CheckedLoader(paths)
 
 
 def compose(loader: ConfigLoader, config_name: str | None, overrides: Sequence[str]) -> DictConfig:

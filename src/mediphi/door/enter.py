@@ -17,9 +17,7 @@ from typing import Any, NoReturn
 from mediphi.door.files import tame_hydra
 from mediphi.errors import ConfigError, MachineError, UserError
 
-SECRET_ARGUMENT = re.compile(r"[+~]*[\w.@/-]*(key|token|password|passwd|secret)=", re.IGNORECASE)
-SECRET_INSIDE = re.compile(r"(api_?key|token|password|passwd|secret)[\"']?\s*:", re.IGNORECASE)
-HYDRA_FOLDERS = re.compile(r"[+~]*hydra\.(run|sweep|job\.chdir|output_subdir)\b")
+SECRET = re.compile(r"(key|token|password|passwd|secret)(@[\w.]*)?[\"']?\s*[=:]", re.IGNORECASE)
 DOTTED = re.compile(r"(?!hydra\.)[A-Za-z_]\w*(\.[\w-]+)+=")
 
 
@@ -52,7 +50,6 @@ def enter(main: Callable[..., object]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise, instead of printing and exiting
     try:
         _refuse_secrets(sys.argv[1:])
-        _refuse_hydra_folders(sys.argv[1:])
         sys.argv[1:] = [forced(argument) for argument in sys.argv[1:]]
         tame_hydra()
         main()
@@ -77,24 +74,15 @@ def forced(argument: str) -> str:
 
 
 def _refuse_secrets(arguments: list[str]) -> None:
-    """Arguments are seen by every user of the machine and recorded by loggers."""
-    keys = [
-        a.partition("=")[0]
-        for a in arguments
-        if SECRET_ARGUMENT.match(a) or SECRET_INSIDE.search(a.partition("=")[2])
-    ]
+    """Arguments are seen by every user of the machine and recorded by loggers.
+
+    A name of a secret counts wherever it stands: `a={b_key: c}` is one, and Hydra would echo what
+    it cannot read.
+    """
+    keys = [re.split(r"[={\[(:\s]", a)[0] or "argument" for a in arguments if SECRET.search(a)]
     if keys:
         raise ConfigError(
             [f"{key}: secrets come from the environment, never from arguments" for key in keys]
-        )
-
-
-def _refuse_hydra_folders(arguments: list[str]) -> None:
-    """Hydra would make its folder before the config is judged; ours follow from the config."""
-    keys = [a.partition("=")[0] for a in arguments if HYDRA_FOLDERS.match(a)]
-    if keys:
-        raise ConfigError(
-            [f"{key}: not for this program; use name= or paths.runs=" for key in keys]
         )
 
 

@@ -1,1 +1,1 @@
-"""Scoring: multiple choice by log-likelihood, accuracies with their intervals."""
+"""Scoring: multiple choice by log-likelihood, texts against references, means with intervals."""

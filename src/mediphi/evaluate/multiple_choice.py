@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mediphi.errors import UserError
+from mediphi.evaluate.scores import Scored
 from mediphi.records import Difficulty, MultipleChoice
 
 if TYPE_CHECKING:
@@ -51,11 +52,8 @@ class ScoredQuestion(NamedTuple):
     def correct(self) -> bool:
         return self.prediction == self.answer
 
-    @property
-    def margin(self) -> float:
-        """Score of the right option minus that of the best wrong one, in nats per token."""
-        wrong = (logp for place, logp in enumerate(self.option_logps) if place != self.answer)
-        return self.option_logps[self.answer] - max(wrong)
+    def scored(self) -> Scored:
+        return Scored(self.id, self.difficulty, float(self.correct), 1 / len(self.option_logps))
 
 
 def score(

@@ -1,15 +1,30 @@
-"""Accuracy with its uncertainty, and the small table that shows it."""
+"""Scores with their uncertainty, and the small table that shows them."""
 
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import NamedTuple
 
 import numpy as np
 
-from mediphi.evaluate.multiple_choice import ScoredQuestion
-from mediphi.records import DIFFICULTIES, Difficulty
-
 CONFIDENCE = 0.95
+OVERALL = "all"
+"""Name of the row that holds the items of all groups."""
+
+
+class Scored(NamedTuple):
+    """What an item of an exam (a question, a prompt, a pair) was given.
+
+    Attributes:
+        id: stable name of the item.
+        group: what it is told apart by: difficulty, task type, error type.
+        score: in [0, 1].
+        chance: what guessing scores on average; None where guessing has no meaning.
+    """
+
+    id: str
+    group: str
+    score: float
+    chance: float | None = None
 
 
 class Interval(NamedTuple):
@@ -25,32 +40,58 @@ class Difference(NamedTuple):
     high: float
 
 
-class QuizResult(NamedTuple):
-    """Accuracy at one difficulty; `low`, `high`: 95 % Wilson interval; `chance`: guessing."""
+class GroupResult(NamedTuple):
+    """Mean score of a group with its 95 % interval; `chance`: of guessing, None: no meaning."""
 
-    difficulty: Difficulty
-    num_questions: int
-    accuracy: float
+    group: str
+    num_items: int
+    score: float
     low: float
     high: float
-    margin: float
-    chance: float
+    chance: float | None
 
 
-def wilson(num_correct: int, num_questions: int, *, confidence: float = CONFIDENCE) -> Interval:
+def wilson(num_correct: int, num_items: int, *, confidence: float = CONFIDENCE) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927), without continuity correction.
 
     Raises:
-        ValueError: no questions, or more correct than asked.
+        ValueError: no items, or more correct than asked.
     """
-    if not 0 <= num_correct <= num_questions or num_questions == 0:
-        raise ValueError(f"{num_correct} correct of {num_questions} questions is no proportion")
+    if not 0 <= num_correct <= num_items or num_items == 0:
+        raise ValueError(f"{num_correct} correct of {num_items} is no proportion")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, n = num_correct / num_questions, num_questions
+    share, n = num_correct / num_items, num_items
     centre = share + z**2 / (2 * n)
     spread = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     low, high = ((centre + sign * spread) / (1 + z**2 / n) for sign in (-1, 1))
     return Interval(max(0.0, min(low, share)), min(1.0, max(high, share)))
+
+
+def bootstrap(
+    scores: Sequence[float] | np.ndarray,
+    *,
+    seed: int,
+    num_resamples: int = 10_000,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """Percentile bootstrap interval of a mean (Efron 1979).
+
+    Resampling n scores with replacement is a multinomial draw over their distinct values, which is
+    what happens here.
+
+    Raises:
+        ValueError: no scores.
+    """
+    given = np.asarray(scores, np.float64)
+    if given.size == 0:
+        raise ValueError("no scores have no mean")
+    values, counts = np.unique(given, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(
+        given.size, counts / given.size, size=num_resamples
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws @ values / given.size, (tail, 1 - tail))
+    return Interval(float(low), float(high))
 
 
 def paired_bootstrap(
@@ -61,13 +102,7 @@ def paired_bootstrap(
     num_resamples: int = 10_000,
     confidence: float = CONFIDENCE,
 ) -> Difference:
-    """Percentile bootstrap of the mean of `after - before` over the same questions (Efron 1979).
-
-    Resampling n differences with replacement is a multinomial draw over their distinct values,
-    which is what happens here.
-
-    Args:
-        before, after: score (or correctness) of each question, in the same order.
+    """`bootstrap` of the mean of `after - before` over the same items, in the same order.
 
     Raises:
         ValueError: empty, or of different lengths.
@@ -75,82 +110,66 @@ def paired_bootstrap(
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if first.shape != second.shape or first.size == 0:
         raise ValueError(f"{first.size} and {second.size} scores cannot be paired")
-    values, counts = np.unique(second - first, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(
-        first.size, counts / first.size, size=num_resamples
-    )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws @ values / first.size, (tail, 1 - tail))
-    return Difference(float((second - first).mean()), float(low), float(high))
+    gained = second - first
+    interval = bootstrap(gained, seed=seed, num_resamples=num_resamples, confidence=confidence)
+    return Difference(float(gained.mean()), *interval)
 
 
-def summarise(scored: Sequence[ScoredQuestion]) -> list[QuizResult]:
-    """One result for each difficulty that was asked, easy first."""
-    results = []
-    for difficulty in DIFFICULTIES:
-        asked = [one for one in scored if one.difficulty == difficulty]
-        if not asked:
-            continue
-        num_correct = sum(one.correct for one in asked)
-        interval = wilson(num_correct, len(asked))
-        results.append(
-            QuizResult(
-                difficulty=difficulty,
-                num_questions=len(asked),
-                accuracy=num_correct / len(asked),
-                low=interval.low,
-                high=interval.high,
-                margin=float(np.mean([one.margin for one in asked])),
-                chance=float(np.mean([1 / len(one.option_logps) for one in asked])),
-            )
-        )
-    return results
+def summarise(
+    scored: Sequence[Scored], *, overall: bool = False, seed: int = 0
+) -> list[GroupResult]:
+    """One result for each group, in order of first appearance.
+
+    Intervals are Wilson's where all scores of a group are 0 or 1, else a bootstrap after `seed`.
+
+    Args:
+        overall: with several groups, add the mean over all items as the last result.
+    """
+    groups = _groups(scored, overall=overall)
+    return [_result(name, [scored[i] for i in places], seed) for name, places in groups.items()]
 
 
 def improvement(
-    before: Sequence[ScoredQuestion], after: Sequence[ScoredQuestion], *, seed: int
-) -> dict[Difficulty, Difference]:
-    """Gain in accuracy at each difficulty, paired by question.
+    before: Sequence[Scored], after: Sequence[Scored], *, seed: int, overall: bool = False
+) -> dict[str, Difference]:
+    """Gain of each group that `summarise` tells apart, paired by item.
 
     Raises:
-        ValueError: the two hold different questions.
+        ValueError: the two hold different items.
     """
-    if [one.id for one in before] != [one.id for one in after]:
-        raise ValueError("the two scorings are not of the same questions")
-    gains: dict[Difficulty, Difference] = {}
-    for difficulty in DIFFICULTIES:
-        pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.difficulty == difficulty]
-        if pairs:
-            first, second = zip(*((a.correct, b.correct) for a, b in pairs), strict=True)
-            gains[difficulty] = paired_bootstrap(first, second, seed=seed)
-    return gains
+    if [(one.id, one.group) for one in before] != [(one.id, one.group) for one in after]:
+        raise ValueError("the two scorings are not of the same items")
+    return {
+        name: paired_bootstrap(
+            [before[i].score for i in places], [after[i].score for i in places], seed=seed
+        )
+        for name, places in _groups(before, overall=overall).items()
+    }
 
 
-def quiz_table(results: Mapping[str, Sequence[QuizResult]]) -> list[tuple[str, ...]]:
-    """Rows of text, header first: a moment (`before`, `after phase 1`, ...) by difficulty.
+def exam_table(
+    results: Mapping[str, Sequence[GroupResult]],
+    gains: Mapping[str, Difference],
+    *,
+    noun: str = "questions",
+) -> list[tuple[str, ...]]:
+    """Rows of text, header first: a group by moment (`before`, `after phase1`, ...).
 
-    A cell reads `72.3 % [66.9, 77.1]`; a difficulty that was not asked reads `-`. The last row
-    says how many questions there were and what guessing gives.
+    A cell reads `72.3 % [66.9, 77.1]`; what was not asked reads `-`. Then come the gain in points,
+    what guessing gives where that has a meaning, and the number of items, headed by `noun`.
     """
-    columns = [
-        d for d in DIFFICULTIES if any(r.difficulty == d for rs in results.values() for r in rs)
-    ]
-    by_moment = {name: {one.difficulty: one for one in own} for name, own in results.items()}
-    rows = [("accuracy [95 % interval]", *columns)]
-    for name, own in by_moment.items():
-        rows.append((name, *(_cell(own.get(difficulty)) for difficulty in columns)))
-    asked = {one.difficulty: one for own in results.values() for one in own}
-    guesses = (f"{asked[d].chance:.1%}, {asked[d].num_questions} questions" for d in columns)
-    return [*rows, ("chance", *(text.replace("%", " %") for text in guesses))]
-
-
-def gain_row(gains: Mapping[Difficulty, Difference]) -> tuple[str, ...]:
-    """The table's row with what was gained, in points, paired by question."""
-    cells = (
-        f"{g.mean * 100:+.1f} [{g.low * 100:+.1f}, {g.high * 100:+.1f}]"
-        for g in (gains[d] for d in DIFFICULTIES if d in gains)
-    )
-    return ("gain in points, paired", *cells)
+    by_moment = {name: {one.group: one for one in own} for name, own in results.items()}
+    asked = {one.group: one for own in results.values() for one in own}
+    by_chance = any(one.chance is not None for one in asked.values())
+    header = ["score [95 % interval]", *by_moment]
+    header += ["gain in points, paired"] * bool(gains) + ["chance"] * by_chance + [noun]
+    rows = [tuple(header)]
+    for group, one in asked.items():
+        row = [group, *(_cell(own.get(group)) for own in by_moment.values())]
+        row += [_gain(gains.get(group))] if gains else []
+        row += [_percent(one.chance)] if by_chance else []
+        rows.append((*row, f"{one.num_items:,}"))
+    return rows
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -163,7 +182,38 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
-def _cell(result: QuizResult | None) -> str:
+def _groups(scored: Sequence[Scored], *, overall: bool) -> dict[str, list[int]]:
+    """Group -> places of its items."""
+    groups: dict[str, list[int]] = {}
+    for place, one in enumerate(scored):
+        groups.setdefault(one.group, []).append(place)
+    if overall and len(groups) > 1:
+        groups[OVERALL] = list(range(len(scored)))
+    return groups
+
+
+def _result(group: str, items: Sequence[Scored], seed: int) -> GroupResult:
+    scores = [one.score for one in items]
+    if set(scores) <= {0, 1}:
+        interval = wilson(int(sum(scores)), len(scores))
+    else:
+        interval = bootstrap(scores, seed=seed)
+    chances = [one.chance for one in items if one.chance is not None]
+    chance = fmean(chances) if len(chances) == len(items) else None
+    return GroupResult(group, len(items), fmean(scores), *interval, chance)
+
+
+def _cell(result: GroupResult | None) -> str:
     if result is None:
         return "-"
-    return f"{result.accuracy * 100:.1f} % [{result.low * 100:.1f}, {result.high * 100:.1f}]"
+    return f"{_percent(result.score)} [{result.low * 100:.1f}, {result.high * 100:.1f}]"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share * 100:.1f} %"
+
+
+def _gain(gain: Difference | None) -> str:
+    if gain is None:
+        return "-"
+    return f"{gain.mean * 100:+.1f} [{gain.low * 100:+.1f}, {gain.high * 100:+.1f}]"

@@ -1,8 +1,7 @@
-"""The LightningModule of language-model training: PIT and DAPT are this, on different tokens."""
+"""What the LightningModules of all training stages share: wiring, no mathematics."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -11,21 +10,25 @@ from transformers import PreTrainedModel
 
 from mediphi import attention
 from mediphi.backbone import BackboneSpec, build_model, float32_buffers
-from mediphi.batches import TokenBatch
+from mediphi.batches import Batch
 from mediphi.config.schema import Optimizer, Phase
-from mediphi.modules.losses import CrossEntropy, chunked_cross_entropy
-from mediphi.modules.meters import TokenMeter
-from mediphi.modules.neftune import add_neftune_noise
 from mediphi.modules.schedules import lr_factor
 
 
-class CausalLMModule(L.LightningModule):
-    """Next-token training on packed rows, normalised by the tokens of the whole global batch.
+class HasMeans(Protocol):
+    """A meter."""
 
-    The loss of a micro-batch is its *sum* over targets, divided by the targets of the global batch
-    (all micro-batches, all ranks) and multiplied by `accumulate * world_size`, which Lightning and
-    DDP divide by again. So one device with eight micro-batches and eight devices with one give the
-    same gradient, however many tokens each micro-batch holds.
+    def means(self, split: str, strategy: Any = None) -> dict[str, float]: ...
+    def reset(self) -> None: ...
+
+
+class CausalLMModule(L.LightningModule):
+    """A causal LM with its optimizer, schedule and meters; a subclass adds the step.
+
+    The loss of a micro-batch is its *sum* over targets (or pairs), divided by those of the global
+    batch (all micro-batches, all ranks) and multiplied by `accumulate * world_size`, which
+    Lightning and DDP divide by again. So one device with eight micro-batches and eight devices
+    with one give the same gradient, however many targets each micro-batch holds.
 
     Args:
         backbone: what `configure_model` builds.
@@ -34,9 +37,10 @@ class CausalLMModule(L.LightningModule):
         num_steps: optimizer steps of the phase, from the plan (asking the trainer would restart
             the data on resume).
         splits: divisor that the trainer applies: micro-batches per step times ranks.
-        group_names: names for `kind_ids` and `source_ids` in logged metrics.
-        neftune_alpha: 0 switches the noise off (Jain et al. 2023).
     """
+
+    train_meter: HasMeans
+    heldout_meter: HasMeans
 
     def __init__(
         self,
@@ -46,15 +50,10 @@ class CausalLMModule(L.LightningModule):
         optimizer: Optimizer,
         num_steps: int,
         splits: int,
-        group_names: Mapping[str, Sequence[str]],
-        neftune_alpha: float = 0.0,
     ) -> None:
         super().__init__()
         self.spec, self.phase, self.optimizer_numbers = backbone, phase, optimizer
         self.num_steps, self.splits = num_steps, splits
-        self.neftune_alpha = neftune_alpha
-        self.train_meter = TokenMeter(group_names)
-        self.heldout_meter = TokenMeter(group_names)
         self._grad_norm = torch.tensor(0.0)
         self._last_lr = 0.0
         self.model: Any = None  # a PreTrainedModel once configure_model has run
@@ -78,29 +77,14 @@ class CausalLMModule(L.LightningModule):
             raise RuntimeError("the model is built in configure_model, which has not run")
         return self.model
 
-    def loss(self, batch: TokenBatch) -> CrossEntropy:
-        """Cross-entropy of one micro-batch: the sum over its targets, and each token's own."""
-        embeddings = self.backbone.get_input_embeddings()(batch.input_ids)
-        if self.training and self.neftune_alpha:
-            embeddings = add_neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha)
-        hidden = self.backbone.get_decoder()(
-            inputs_embeds=embeddings,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **attention.boundaries(batch, self.spec.kernel),
-        ).last_hidden_state
-        head: nn.Module = self.backbone.get_output_embeddings()
-        return chunked_cross_entropy(
-            hidden[0],
-            head.weight,  # type: ignore[arg-type]
-            batch.target_ids[0],
-            chunk_tokens=self.spec.loss_chunk_tokens,
-        )
+    @property
+    def head(self) -> Tensor:
+        """Weight of the output head, `[vocab, hidden]`."""
+        return self.backbone.get_output_embeddings().weight  # type: ignore[union-attr,return-value]
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        out = self.loss(batch)
-        self.train_meter.update(out.per_token, batch)
-        return out.total * (self.splits / batch.num_global_targets)
+    def hidden_states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
+        """Last hidden states of a packed row, `[tokens, hidden]`."""
+        return hidden_states(self.backbone, batch, self.spec.kernel, embeddings=embeddings)
 
     def configure_gradient_clipping(
         self,
@@ -110,7 +94,8 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         """Clip by the global norm, and keep the norm before clipping: it is a metric."""
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        self._grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self._grad_norm = nn.utils.clip_grad_norm_(trained, limit)
         self._last_lr = optimizer.param_groups[0]["lr"]
 
     def take_metrics(self) -> dict[str, float]:
@@ -128,9 +113,6 @@ class CausalLMModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.heldout_meter.reset()
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.heldout_meter.update(self.loss(batch).per_token, batch)
-
     def on_validation_epoch_end(self) -> None:
         means = self.heldout_meter.means("heldout", self.trainer.strategy)
         for logger in self.trainer.loggers:
@@ -138,8 +120,9 @@ class CausalLMModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         numbers = self.optimizer_numbers
-        decayed = [p for p in self.parameters() if p.ndim >= 2]
-        kept = [p for p in self.parameters() if p.ndim < 2]  # norms
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2]
+        kept = [p for p in trained if p.ndim < 2]  # norms
         groups = [
             {"params": decayed, "weight_decay": numbers.weight_decay},
             {"params": kept, "weight_decay": 0.0},
@@ -158,3 +141,21 @@ class CausalLMModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def hidden_states(
+    backbone: PreTrainedModel,
+    batch: Batch,
+    kernel: attention.Kernel,
+    *,
+    embeddings: Tensor | None = None,
+) -> Tensor:
+    """Last hidden states of a packed row, `[tokens, hidden]`; without a cache, which would leak."""
+    if embeddings is None:
+        embeddings = backbone.get_input_embeddings()(batch.input_ids)
+    return backbone.get_decoder()(
+        inputs_embeds=embeddings,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **attention.boundaries(batch, kernel),
+    ).last_hidden_state[0]

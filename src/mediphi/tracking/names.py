@@ -1,9 +1,19 @@
 """The table of metric names: one vocabulary for CSV, W&B, TensorBoard, progress and reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-SPLITS = ("train", "heldout")
+Objective = Literal["tokens", "pairs"]
+"""What a stage's loss is a mean over."""
+
+SPLITS = {"train": "since the row before", "heldout": "on held-out data"}
+GROUPINGS = {
+    "kind": "kind of text",
+    "source": "data source",
+    "task": "task type",
+    "error": "type of error in the rejected answer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,38 +24,66 @@ class Metric:
         name: as logged; `{kind}` and `{source}` stand for one name per task kind or data source.
         unit: as shown on axes.
         meaning: one line.
+        objective: only of stages with this one; None: of all.
         wall_clock: depends on the machine and the moment, so two equal runs differ in it.
     """
 
     name: str
     unit: str
     meaning: str
+    objective: Objective | None = None
     wall_clock: bool = False
 
 
-METRICS = (
+def _per_split(
+    name: str, unit: str, meaning: str, *groupings: str, objective: Objective
+) -> list[Metric]:
+    """A metric of training and of held-out data, in all and per group."""
+    metrics = []
+    for split, text in SPLITS.items():
+        metrics.append(Metric(f"{split}/{name}", unit, f"{meaning}, {text}", objective))
+        for grouping in groupings:
+            about = f"{split}/{name} of one {GROUPINGS[grouping]}"
+            full = f"{split}/{name}/{grouping}/{{{grouping}}}"
+            metrics.append(Metric(full, unit, about, objective))
+    return metrics
+
+
+_TEXT = ("kind", "source", "task")
+_PAIRS = ("error", "task")
+
+METRICS: tuple[Metric, ...] = (
     Metric("epoch", "passes", "position in the data: passes over the phase's rows so far"),
     Metric("tokens_seen", "tokens", "tokens trained on since the phase began, all ranks"),
     Metric("packing_efficiency", "share", "tokens over the room of the packed rows"),
     Metric("lr", "", "learning rate of the last update"),
     Metric("grad_norm", "", "global gradient norm of the last update, before clipping"),
-    Metric("train/loss", "nats/token", "cross-entropy per token since the row before"),
-    Metric("train/perplexity", "", "exp of train/loss"),
-    Metric("train/loss/kind/{kind}", "nats/token", "train/loss on one kind of text"),
-    Metric("train/perplexity/kind/{kind}", "", "exp of train/loss/kind/{kind}"),
-    Metric("train/loss/source/{source}", "nats/token", "train/loss on one data source"),
-    Metric("train/perplexity/source/{source}", "", "exp of train/loss/source/{source}"),
-    Metric("heldout/loss", "nats/token", "cross-entropy per token on held-out documents"),
-    Metric("heldout/perplexity", "", "exp of heldout/loss"),
-    Metric("heldout/loss/kind/{kind}", "nats/token", "heldout/loss on one kind of text"),
-    Metric("heldout/perplexity/kind/{kind}", "", "exp of heldout/loss/kind/{kind}"),
-    Metric("heldout/loss/source/{source}", "nats/token", "heldout/loss on one data source"),
-    Metric("heldout/perplexity/source/{source}", "", "exp of heldout/loss/source/{source}"),
+    *_per_split("loss", "nats/token", "cross-entropy per token", *_TEXT, objective="tokens"),
+    *_per_split("perplexity", "", "exp of the loss", *_TEXT, objective="tokens"),
+    *_per_split("accuracy", "share right", "targets ranked first", *_TEXT, objective="tokens"),
+    *_per_split("loss", "", "preference loss per pair", objective="pairs"),
+    *_per_split("margin", "", "reward of chosen less rejected", *_PAIRS, objective="pairs"),
+    *_per_split("accuracy", "share right", "chosen rewarded more", *_PAIRS, objective="pairs"),
+    *_per_split("reward/chosen", "", "beta x log-ratio to the reference", objective="pairs"),
+    *_per_split("reward/rejected", "", "beta x log-ratio to the reference", objective="pairs"),
+    *_per_split("logps/chosen", "nats", "log-probability, summed", objective="pairs"),
+    *_per_split("logps/rejected", "nats", "log-probability, summed", objective="pairs"),
+    *_per_split("logps_per_token/chosen", "nats/token", "log-probability", objective="pairs"),
+    *_per_split("logps_per_token/rejected", "nats/token", "log-probability", objective="pairs"),
+    *_per_split(
+        "kl",
+        "nats/token",
+        "log-ratio to the reference per token of both answers: an estimate off policy",
+        objective="pairs",
+    ),
     Metric("quiz/{difficulty}", "share right", "multiple-choice accuracy on codes"),
+    Metric("exam/{group}", "share right or mean score", "score on one kind of held-out item"),
     Metric("tokens_per_second", "tokens/s", "training speed since the row before", wall_clock=True),
     Metric("mfu", "share of peak", "model FLOPs, true attention, over the peak", wall_clock=True),
     Metric("memory_gb", "GB", "peak memory of the device or process", wall_clock=True),
 )
+
+_SLOTS = (*GROUPINGS, "difficulty", "group")
 
 PLACE = ("step", "phase")
 """First columns of `metrics.csv`: optimizer steps since the run began, name of the phase."""
@@ -54,18 +92,23 @@ WALL_CLOCK = tuple(m.name for m in METRICS if m.wall_clock)
 """Last columns of `metrics.csv`; drop them to compare two runs."""
 
 
-def header(
-    *, kinds: Sequence[str], sources: Sequence[str], difficulties: Sequence[str] = ()
-) -> list[str]:
-    """Every metric name of a run, in the table's order; wall-clock ones last."""
-    fillings = {"{kind}": kinds, "{source}": sources, "{difficulty}": difficulties}
+def header(objective: Objective, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Every metric name of a run, in the table's order; wall-clock ones last.
+
+    Args:
+        objective: of the stage.
+        groups: `kind`, `source`, `task`, `error`, `difficulty`, `group` -> the names that occur.
+    """
     names: list[str] = []
     for metric in METRICS:
-        slot = next((s for s in fillings if s in metric.name), None)
+        if metric.objective not in (None, objective):
+            continue
+        slot = next((g for g in _SLOTS if f"{{{g}}}" in metric.name), None)
         if slot is None:
             names.append(metric.name)
         else:
-            names += [metric.name.replace(slot, value) for value in fillings[slot]]
+            values = groups.get(slot, ())
+            names += [metric.name.replace(f"{{{slot}}}", value) for value in values]
     return names
 
 

@@ -93,6 +93,24 @@ class ProgressLines(Callback):
             place = f"{self.title} step {self._step}/{self.num_steps}"
             _say(f"{place}  {numbers(trainer)}{self._eta(now)}")
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = self._printed = time.monotonic()
+        self._step = self._first_step = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._step, now = batch_idx + 1, time.monotonic()
+        if trainer.is_global_zero and now - self._printed >= self.every_seconds:
+            self._printed = now
+            _say(f"{self.title} {self._step}/{self.num_steps}{self._eta(now)}")
+
     def _eta(self, now: float) -> str:
         left = self.num_steps - self._step
         seconds = (now - self._begun) / (self._step - self._first_step) * left
@@ -108,6 +126,12 @@ class ProgressBar(Callback):
         self._task: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer, done=trainer.global_step)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer, done=0)
+
+    def _open(self, trainer: Trainer, *, done: int) -> None:
         if not trainer.is_global_zero:
             return
         columns = (
@@ -117,9 +141,7 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
         )
         progress = Progress(*columns, console=Console(stderr=True))
-        self._task = progress.add_task(
-            self.title, total=self.num_steps, completed=trainer.global_step, numbers=""
-        )
+        self._task = progress.add_task(self.title, total=self.num_steps, completed=done, numbers="")
         progress.start()
         self._progress = progress
 
@@ -136,6 +158,21 @@ class ProgressBar(Callback):
             self._progress.update(self._task, completed=done, numbers=numbers(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=batch_idx + 1)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
 
     def on_exception(

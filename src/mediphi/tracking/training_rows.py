@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from mediphi.batches import TokenBatch
+from mediphi.batches import Batch
 
 
 class HasStepMetrics(Protocol):
@@ -37,7 +37,7 @@ class TrainingRows(Callback):
         every_steps: int,
         num_steps: int,
         position: Callable[[int], Mapping[str, float]] = lambda step: {},
-        flops: Callable[[TokenBatch], float] | None = None,
+        flops: Callable[[Batch], float] | None = None,
         peak_flops: float | None = None,
     ) -> None:
         self.every_steps, self.num_steps, self.position = every_steps, num_steps, position
@@ -61,7 +61,7 @@ class TrainingRows(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: TokenBatch,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         self._tokens += batch.num_tokens

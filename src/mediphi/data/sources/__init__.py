@@ -1,6 +1,6 @@
-"""One small reader per file format: source spec -> `Document` records.
+"""One small reader per file format: source spec -> records.
 
-A reader module has `read(source, *, name, bad_rows) -> Iterator[Document]`; it is imported only
+A reader module has `read(source, *, name, bad_rows) -> Iterator[Record]`; it is imported only
 when a corpus asks for its kind.
 """
 
@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mediphi.config.corpus import Source
-from mediphi.records import Document
+from mediphi.records import Record
 
 if TYPE_CHECKING:
     from mediphi.data.bad_rows import BadRows
@@ -36,12 +36,12 @@ READERS: dict[str, str] = {
 """Source kind -> module of this package."""
 
 
-def read(source: Source, name: str, bad_rows: "BadRows") -> Iterator[Document]:
-    """Documents of one source, in a fixed order.
+def read(source: Source, name: str, bad_rows: "BadRows") -> Iterator[Record]:
+    """Records of one source, in a fixed order.
 
     Args:
         source: its spec.
-        name: its key in the corpus; becomes `Document.source` and the prefix of ids.
+        name: its key in the corpus; becomes the record's `source` and the prefix of ids.
         bad_rows: what happens to a row that cannot be read.
 
     Raises:

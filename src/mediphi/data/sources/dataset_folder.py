@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 from mediphi.config.corpus import FileSource
 from mediphi.data.bad_rows import BadRows, one_line
-from mediphi.data.sources.parquet import BATCH_ROWS, arrow_documents, check_columns
+from mediphi.data.sources.parquet import BATCH_ROWS, arrow_records, check_columns
 from mediphi.data.sources.rows import Rows, columns
 from mediphi.errors import DataError
-from mediphi.records import Document
+from mediphi.records import Record
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
 
-def read(source: FileSource, *, name: str, bad_rows: BadRows) -> Iterator[Document]:
-    """Yield the documents of the folder, memory-mapped.
+def read(source: FileSource, *, name: str, bad_rows: BadRows) -> Iterator[Record]:
+    """Yield the records of the folder, memory-mapped.
 
     Raises:
         DataError: missing, damaged, no split to choose, a column missing or of another type, or a
@@ -30,9 +30,10 @@ def read(source: FileSource, *, name: str, bad_rows: BadRows) -> Iterator[Docume
     path = Path(source.path).expanduser()
     dataset = _load(path)
     check_columns(dataset.features.arrow_schema, source, where=path)
-    table = dataset.select_columns(columns(source)).with_format("arrow")
+    wanted = columns(source, dataset.column_names)
+    table = dataset.select_columns(wanted).with_format("arrow")
     rows = Rows(source, name, bad_rows)
-    yield from arrow_documents(_batches(table, path), rows, file=path, key="row")
+    yield from arrow_records(_batches(table, path), rows, file=path, key="row")
 
 
 def _load(path: Path) -> "datasets.Dataset":

@@ -8,11 +8,11 @@ from mediphi.config.corpus import HubSource
 from mediphi.data.bad_rows import BadRows, one_line
 from mediphi.data.sources.rows import Rows, columns
 from mediphi.errors import DataError, UserError
-from mediphi.records import Document
+from mediphi.records import Record
 
 
-def read(source: HubSource, *, name: str, bad_rows: BadRows) -> Iterator[Document]:
-    """Yield the documents of one split, row by row, nothing kept on disk.
+def read(source: HubSource, *, name: str, bad_rows: BadRows) -> Iterator[Record]:
+    """Yield the records of one split, row by row, nothing kept on disk.
 
     Raises:
         UserError: not found, not allowed or no network; says which local form to use instead.
@@ -32,9 +32,9 @@ def read(source: HubSource, *, name: str, bad_rows: BadRows) -> Iterator[Documen
             reason = f"the stream broke ({type(error).__name__}); start again or use a local copy"
             raise DataError(one_line(f"{where}:{line + 1}: {reason}")) from None
         line += 1
-        document = rows.document(row, file=where, line=line, key=f"{source.split}:{line}")
-        if document is not None:
-            yield document
+        record = rows.record(row, file=where, line=line, key=f"{source.split}:{line}")
+        if record is not None:
+            yield record
     if line == 0:
         bad_rows.reject(where, 1, "the split has no rows")
 
@@ -53,13 +53,16 @@ def _open(source: HubSource, name: str) -> Iterator[Mapping[str, Any]]:
             streaming=True,
         )
         there = dataset.column_names
-        missing = [column for column in columns(source) if there and column not in there]
+        if not there:
+            return iter(dataset)
+        wanted = columns(source, there)
+        missing = [column for column in wanted if column not in there]
         if not missing:
-            return iter(dataset.select_columns(columns(source)))
+            return iter(dataset.select_columns(wanted))
     except Exception as error:
         # Not found, gated, offline, script-based: dozens of types, one thing to do.
         raise UserError(_unavailable(source, name, type(error).__name__)) from None
-    found = ", ".join((there or [])[:20])
+    found = ", ".join(there[:20])
     raise UserError(
         one_line(f"corpus.sources.{name}: {source.repo_id} has no column {missing[0]!r}: {found}")
     )

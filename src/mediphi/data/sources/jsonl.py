@@ -9,15 +9,15 @@ from mediphi.config.corpus import FileSource
 from mediphi.data.bad_rows import BadRows
 from mediphi.data.sources.files import MAX_TEXT_BYTES, find_files, numbered_lines
 from mediphi.data.sources.rows import Rows
-from mediphi.records import Document
+from mediphi.records import Record
 
 _PLAIN = (".jsonl", ".ndjson", ".json")
 SUFFIXES = tuple(name + end for name in _PLAIN for end in ("", ".gz", ".xz", ".zst"))
 _BOM = b"\xef\xbb\xbf"
 
 
-def read(source: FileSource, *, name: str, bad_rows: BadRows) -> Iterator[Document]:
-    """Yield the documents of a file, folder or glob.
+def read(source: FileSource, *, name: str, bad_rows: BadRows) -> Iterator[Record]:
+    """Yield the records of a file, folder or glob.
 
     Raises:
         DataError: a file is missing or damaged, or a row is bad and the policy is `strict`.
@@ -25,9 +25,9 @@ def read(source: FileSource, *, name: str, bad_rows: BadRows) -> Iterator[Docume
     rows = Rows(source, name, bad_rows)
     for file in find_files(source.path, SUFFIXES):
         for line, row in json_rows(file.path, bad_rows):
-            document = rows.document(row, file=file.path, line=line, key=f"{file.key}:{line}")
-            if document is not None:
-                yield document
+            record = rows.record(row, file=file.path, line=line, key=f"{file.key}:{line}")
+            if record is not None:
+                yield record
 
 
 def json_rows(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,19 +1,30 @@
-"""A row of the user's table -> `Document`, or the reason why not."""
+"""A row of the user's table -> the record that its source's format asks for, or the reason why not.
 
-from collections.abc import Mapping
+Parts of a `Document` are columns that the source names; conversations and preferences have the
+columns of their format (`chat_rows`).
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+from mediphi.config.corpus import RowFormat
 from mediphi.data.bad_rows import BadRows
-from mediphi.data.sources.files import MAX_TEXT_BYTES
-from mediphi.records import Document
+from mediphi.data.sources import chat_rows
+from mediphi.data.sources.bundled import content_key
+from mediphi.data.sources.checked import checked_key, checked_text, value_of
+from mediphi.records import Conversation, Document, Preference, Record
+
+_LONG_KEY = 80
 
 
 class Fields(Protocol):
-    """The part of a source's config that names columns."""
+    """The part of a source's config that says how a row is laid out."""
 
+    @property
+    def format(self) -> RowFormat: ...
     @property
     def text_field(self) -> str: ...
     @property
@@ -24,49 +35,22 @@ class Fields(Protocol):
     def title_field(self) -> str | None: ...
 
 
-def columns(fields: Fields) -> list[str]:
-    """The columns that a reader needs, each once."""
-    names = (fields.text_field, fields.id_field, fields.group_field, fields.title_field)
+def columns(fields: Fields, there: Iterable[str]) -> list[str]:
+    """The columns that a reader needs, each once; those that a row may lack only where `there`."""
+    names: list[str | None]
+    if fields.format == "text":
+        names = [fields.text_field, fields.id_field, fields.group_field, fields.title_field]
+    else:
+        needed, optional = chat_rows.COLUMNS[fields.format]
+        present = set(there).intersection(optional)
+        names = [*needed, fields.id_field, fields.group_field]
+        names += [name for name in optional if name in present]
     return list(dict.fromkeys(name for name in names if name is not None))
-
-
-def checked_text(value: object, what: str) -> str:
-    """Return a usable text.
-
-    Raises:
-        ValueError: the reason; it never holds the text.
-    """
-    if value is None:
-        raise ValueError(f"{what} is null")
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is {type(value).__name__}, expected a string")
-    if "\0" in value:
-        raise ValueError(f"{what} holds a NUL character")
-    try:
-        num_bytes = len(value.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half of a surrogate pair") from None
-    if num_bytes > MAX_TEXT_BYTES:
-        raise ValueError(f"{what} has {num_bytes} bytes, at most {MAX_TEXT_BYTES} are allowed")
-    if not value.strip("\ufeff \t\r\n\v\f\u200b") or value.isspace():
-        raise ValueError(f"{what} is empty")
-    return value
-
-
-def checked_key(value: object, what: str) -> str:
-    """Return an id or group name: a string or whole number.
-
-    Raises:
-        ValueError: the reason.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return checked_text(value, what)
 
 
 @dataclass
 class Rows:
-    """Makes documents of one source's rows and sets the bad ones aside.
+    """Makes records of one source's rows and sets the bad ones aside.
 
     A group is named by column and value, without the source: the same patient in two sources stays
     on one side of the split.
@@ -77,10 +61,10 @@ class Rows:
     bad_rows: BadRows
     _seen: set[bytes] = field(default_factory=set)
 
-    def document(
+    def record(
         self, row: Mapping[str, Any], *, file: Path | str, line: int, key: str
-    ) -> Document | None:
-        """Return the row as a document, or None when it was set aside.
+    ) -> Record | None:
+        """Return the row as a record, or None when it was set aside.
 
         Args:
             row: column -> value.
@@ -92,34 +76,49 @@ class Rows:
             DataError: the row is bad and the policy is `strict`.
         """
         try:
-            document = self._document(row, key)
+            record = self._record(row, key)
         except ValueError as reason:
             self.bad_rows.reject(file, line, str(reason))
             return None
         self.bad_rows.accept()
-        return document
+        return record
+
+    def _record(self, row: Mapping[str, Any], key: str) -> Record:
+        layout = self.fields.format
+        if layout == "text":
+            return self._document(row, key)
+        parts = chat_rows.parts(row, layout)
+        labels, quality = chat_rows.labels(row, layout), chat_rows.quality(row, layout)
+        identity = self._identity(row, key, group=chat_rows.group(row, layout))
+        if isinstance(parts, chat_rows.Pair):
+            return Preference(*identity, *parts, labels, quality)
+        return Conversation(*identity, *parts, labels, quality)
 
     def _document(self, row: Mapping[str, Any], key: str) -> Document:
         fields = self.fields
-        text = checked_text(self._value(row, fields.text_field), f"field {fields.text_field!r}")
-        if fields.id_field is not None:
-            key = self._unique_key(row, fields.id_field)
-        group = f"{self.name}/{key}"
-        if fields.group_field is not None:
-            value = self._value(row, fields.group_field)
-            group = f"{fields.group_field}={checked_key(value, f'field {fields.group_field!r}')}"
+        text = checked_text(value_of(row, fields.text_field), f"field {fields.text_field!r}")
+        identity = self._identity(row, key, group=None)
         title = row.get(fields.title_field) if fields.title_field is not None else None
         if title is not None and title != "":
             title = checked_text(title, f"field {fields.title_field!r}")
-        return Document(f"{self.name}/{key}", group, self.name, text, title or "")
+        return Document(*identity, text, title or "")
 
-    def _value(self, row: Mapping[str, Any], name: str) -> object:
-        if name not in row:
-            raise ValueError(f"field {name!r} is missing")
-        return row[name]
+    def _identity(
+        self, row: Mapping[str, Any], key: str, *, group: str | None
+    ) -> tuple[str, str, str]:
+        """Id, group and source; `group` is the row's where the source names no column."""
+        fields = self.fields
+        if fields.id_field is not None:
+            key = self._unique_key(row, fields.id_field)
+        if fields.group_field is not None:
+            value = checked_key(value_of(row, fields.group_field), f"field {fields.group_field!r}")
+            if fields.format != "text" and len(value) > _LONG_KEY:
+                value = content_key(value)  # an instruction or a document, not a name
+            group = f"{fields.group_field}={value}"
+        return f"{self.name}/{key}", group or f"{self.name}/{key}", self.name
 
     def _unique_key(self, row: Mapping[str, Any], name: str) -> str:
-        key = checked_key(self._value(row, name), f"field {name!r}")
+        key = checked_key(value_of(row, name), f"field {name!r}")
         digest = blake2b(key.encode(), digest_size=16).digest()
         if digest in self._seen:
             raise ValueError(f"field {name!r} repeats the id of an earlier row")

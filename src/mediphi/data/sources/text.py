@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mediphi.config.corpus import FileSource
 from mediphi.data.bad_rows import BadRows, one_line
+from mediphi.data.sources.checked import checked_text
 from mediphi.data.sources.files import MAX_TEXT_BYTES, DataFile, check_regular, find_files
-from mediphi.data.sources.rows import checked_text
 from mediphi.errors import DataError
 from mediphi.records import Document
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from mediphi.config.corpus import UnavailableSource
 from mediphi.data.bad_rows import one_line
 from mediphi.errors import UserError
-from mediphi.records import Document
+from mediphi.records import Record
 
 if TYPE_CHECKING:
     from mediphi.data.bad_rows import BadRows
 
 
-def read(source: UnavailableSource, *, name: str, bad_rows: "BadRows") -> Iterator[Document]:
+def read(source: UnavailableSource, *, name: str, bad_rows: "BadRows") -> Iterator[Record]:
     """Never yields.
 
     Raises:

@@ -1,0 +1,66 @@
+"""Held-out conversations as prompts to be answered, straight from the token store."""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from mediphi.data.plan import CHAT_KINDS, PlanSettings, find_sequences
+from mediphi.data.tokens import TokenStore
+from mediphi.records import LABELS, PIECE_KINDS
+
+
+class HeldoutPrompt(NamedTuple):
+    """A conversation up to its last answer.
+
+    Attributes:
+        id, source: as of the conversation.
+        task_type: "" where the row names none.
+        prompt_ids: up to `<|assistant|>`.
+        reference: the text of the last answer.
+    """
+
+    id: str
+    source: str
+    task_type: str
+    prompt_ids: list[int]
+    reference: str
+
+
+def heldout_prompts(
+    store: TokenStore,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    per_task: int,
+    max_prompt_tokens: int,
+    seed: int,
+) -> list[HeldoutPrompt]:
+    """Up to `per_task` prompts of every task type, drawn by `seed`; in the order of task types."""
+    if not store.num_tokens:
+        return []
+    settings = PlanSettings(CHAT_KINDS, capacity=3, global_batch=1, layout="chat")
+    found = find_sequences(store, settings)
+    last = np.searchsorted(store.piece_starts, found.address + found.length) - 1
+    answers = store.pieces["length"][last].astype(np.int64)
+    fits = (found.length - answers <= max_prompt_tokens) & (
+        store.piece_kinds[last] == PIECE_KINDS.index("answer")
+    )
+    by_task: dict[int, list[HeldoutPrompt]] = defaultdict(list)
+    tasks = store.labels[found.document, LABELS.index("task_type")].tolist()
+    for place in np.random.default_rng([seed, 2]).permutation(np.flatnonzero(fits)).tolist():
+        task = tasks[place]
+        if len(by_task[task]) == per_task:
+            continue
+        start, length, answer = (int(x[place]) for x in (found.address, found.length, answers))
+        ids = store.gather(np.arange(start, start + length)).tolist()
+        prompt = HeldoutPrompt(
+            id=store.document_id(int(found.document[place])),
+            source=store.sources[found.source[place]],
+            task_type=store.manifest.labels["task_type"][task],
+            prompt_ids=ids[:-answer],
+            reference=tokenizer.decode(ids[-answer:], skip_special_tokens=True).strip(),
+        )
+        by_task[task].append(prompt)
+    groups = sorted(by_task.values(), key=lambda prompts: prompts[0].task_type)
+    return [prompt for prompts in groups for prompt in prompts]

@@ -1,0 +1,245 @@
+"""Log-probabilities of preference pairs under a model: the reference's once, and an exam's.
+
+The reference pass is kept on disk under a key of everything that decides its numbers, so all jobs
+of a sweep over beta or the learning rate share one. A file is complete or refused.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mediphi import engine
+from mediphi.artifacts import locked, write_atomic
+from mediphi.backbone import BackboneSpec
+from mediphi.chat_exams import PreferenceAccuracy
+from mediphi.checkpointing import SafeCheckpointIO
+from mediphi.config.schema import DpoStage
+from mediphi.data.datamodule import References
+from mediphi.data.fingerprint import FileHashes
+from mediphi.data.loader import PackedLoader
+from mediphi.data.plan import PlanSettings, TrainingPlan
+from mediphi.data.tokens import TokenStore
+from mediphi.errors import ArtifactError, UserError
+from mediphi.launch import rank
+from mediphi.modules.dpo import DpoModule, Objective, ScoredPairs
+from mediphi.phases import PhasePlan, Training
+from mediphi.tracking.progress import make_progress
+
+Logps = NDArray[np.float32]
+"""Of chosen and rejected answer by row of the token store, `[documents, 2]`, summed, in nats."""
+
+VERSION = 1
+"""Part of the key; raise it when the numbers change."""
+WAIT_SECONDS = 5.0
+FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+
+
+def bring_references(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> None:
+    """Give the data module the reference's log-probabilities, where the stage wants them cached.
+
+    All ranks call it. Another process that computes the same is waited for.
+
+    Raises:
+        ArtifactError: the file in the cache is damaged.
+        UserError: a log-probability is not finite.
+    """
+    stage = run.config.stage
+    assert isinstance(stage, DpoStage)
+    if stage.reference != "cached":
+        return
+    path = Path(run.config.paths.cache) / "references" / f"{_key(run, plan, backbone)}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(path):
+        if engine.from_rank_zero(path.exists()):
+            if rank() == 0:
+                print(f"reference   from {path}", flush=True)
+        else:
+            _compute(run, plan, backbone, path)
+        engine.wait_for_all()
+    plan.data.references = _read(path)
+
+
+def preference_exam(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> PreferenceAccuracy:
+    """Held-out preference accuracy against the model that training starts from, on rank 0."""
+    stage, store = run.config.stage, plan.data.heldout
+    assert isinstance(stage, DpoStage) and store is not None
+    pairs = once_through(store, replace(plan.data.settings, world_size=1))
+    tokens = np.zeros((store.manifest.num_documents, 2), dtype=np.int64)
+    if pairs is not None:
+        tokens[pairs.sequences.document] = pairs.sequences.parts[:, 1:]
+
+    def heldout_logps(model: BackboneSpec) -> Logps:
+        return _here(_module(run, plan, model), pairs, run.device, size=len(tokens))
+
+    @cache
+    def reference() -> Logps | None:
+        if plan.data.references is not None:
+            return plan.data.references.heldout
+        return heldout_logps(backbone) if stage.reference == "live" else None
+
+    return PreferenceAccuracy(
+        store=store,
+        logps=heldout_logps,
+        reference=reference,
+        tokens=tokens,
+        length_normalised=stage.length_normalised,
+    )
+
+
+def once_through(store: TokenStore, settings: PlanSettings) -> TrainingPlan | None:
+    """Every pair of a store once, whatever training takes of it; None where it has none."""
+    if not store.num_tokens:
+        return None
+    rows = settings.micro_batch * settings.world_size
+    once = replace(settings, global_batch=rows, epochs=1, seed=0, weights={})
+    return TrainingPlan(store, replace(once, max_rows=None, max_steps=None))
+
+
+def _compute(run: Training, plan: PhasePlan, backbone: BackboneSpec, path: Path) -> None:
+    started = time.monotonic()
+    sides = {"train": plan.data.train, "heldout": plan.data.heldout}
+    found = {
+        name: np.empty((0, 2), dtype=np.float32)
+        if store is None
+        else _everywhere(run, plan, backbone, store, title=f"reference, {name}")
+        for name, store in sides.items()
+    }
+    if rank() == 0:
+        _write(path, References(**found))
+        count, seconds = sum(map(len, found.values())), time.monotonic() - started
+        print(f"reference   {count:,} pairs in {seconds:.1f} s, kept in {path}", flush=True)
+
+
+def _everywhere(
+    run: Training, plan: PhasePlan, backbone: BackboneSpec, store: TokenStore, *, title: str
+) -> Logps:
+    """Log-probabilities of all pairs of a store, each rank computing its share."""
+    pairs = once_through(store, plan.data.settings)
+    size = store.manifest.num_documents
+    if pairs is None:
+        return np.full((size, 2), np.nan, dtype=np.float32)
+    trainer = engine.make_trainer(
+        run.config.hardware,
+        run.device,
+        checkpoint_io=SafeCheckpointIO(),
+        callbacks=[make_progress(title, num_steps=pairs.num_steps * pairs.accumulate)],
+        loggers=[],
+        loop={},
+    )
+    loader: Any = PackedLoader(pairs, rank=rank())
+    shares = engine.from_all_ranks(trainer.predict(_module(run, plan, backbone), loader) or [])
+    logps = _filled((scored for share in shares for scored in share), size)
+    fitting = pairs.sequences.document
+    if len(bad := fitting[~np.isfinite(logps[fitting]).all(axis=1)]):
+        raise UserError(
+            f"log-probabilities of {len(bad)} pairs are not finite, the first is "
+            f"{store.document_id(int(bad[0]))}: look at the model's weights and at this pair"
+        )
+    return logps
+
+
+@torch.inference_mode()
+def _here(
+    module: DpoModule, pairs: TrainingPlan | None, device: engine.Device, *, size: int
+) -> Logps:
+    """The same on this rank alone."""
+    module.configure_model()
+    module.eval().to(device.type)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.precision == "bf16-mixed")
+    batches = [] if pairs is None else PackedLoader(pairs)
+    with autocast:
+        return _filled((module.predict_step(b.to(device.type), 0) for b in batches), size)
+
+
+def _filled(scored: Iterable[ScoredPairs], size: int) -> Logps:
+    """By row of the store; NaN where nothing was computed."""
+    logps = np.full((size, 2), np.nan, dtype=np.float32)
+    for rows, values in scored:
+        logps[rows.numpy()] = values.numpy()
+    return logps
+
+
+def _module(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> DpoModule:
+    return DpoModule(
+        objective=Objective(uses_reference=False),
+        group_names={"source": ("",), "error": ("",), "task": ("",)},
+        backbone=replace(backbone, activation_checkpointing=False, lora=None),
+        phase=plan.phase,
+        optimizer=run.config.stage.optimizer,
+        num_steps=plan.num_steps,
+        splits=1,
+    )
+
+
+def _key(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> str:
+    stores = [store for store in (plan.data.train, plan.data.heldout) if store is not None]
+    facts = {
+        "version": VERSION,
+        "weights": _weights(backbone, FileHashes(Path(run.config.paths.cache))),
+        "data": [store.manifest.key.digest for store in stores],
+        "layout": plan.data.settings.layout,
+        "capacity": plan.data.settings.capacity,
+        "precision": run.device.precision,
+        "attention": run.device.kernel,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _weights(backbone: BackboneSpec, hashes: FileHashes) -> object:
+    """Identity of the weights: the files' content, a hub revision, or the seed."""
+    folder = Path(backbone.folder)
+    files: object = f"hub {backbone.folder} {backbone.revision}"
+    if folder.is_dir():
+        names = sorted({path for pattern in FILES for path in folder.glob(pattern)})
+        files = [(path.name, hashes.of(str(path))[0][1]) for path in names]
+        hashes.save()
+    return [files, backbone.seed if backbone.init == "random" else None]
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """One process computes a key's numbers; others wait and read them."""
+    with ExitStack() as held:
+        if rank() == 0:
+            folder = path.with_suffix(".making")
+            folder.mkdir(exist_ok=True)
+            while (busy := _try_lock(held, folder)) and not path.exists():
+                print(f"reference   waiting, {busy}", flush=True)
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def _try_lock(held: ExitStack, folder: Path) -> str | None:
+    """Who holds it, if somebody does."""
+    try:
+        held.enter_context(locked(folder))
+    except ArtifactError as busy:
+        return str(busy)
+    return None
+
+
+def _write(path: Path, sides: References) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, train=sides.train, heldout=sides.heldout)
+    content = buffer.getvalue()
+    write_atomic(path, hashlib.sha256(content).digest() + content)
+
+
+def _read(path: Path) -> References:
+    raw = path.read_bytes()
+    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        raise ArtifactError(f"{path}: damaged reference log-probabilities; delete it and run again")
+    arrays = np.load(io.BytesIO(raw[32:]), allow_pickle=False)
+    return References(arrays["train"], arrays["heldout"])
