@@ -1,18 +1,15 @@
 """The sides of `train_step.py`: our trainer, TRL's, and the process that runs one of them."""
 
 import json
-import resource
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "assets" / "models" / "tiny"
-CAPACITY, LR = 512, 1e-3
+import trainers
+from sides import TINY, Meter, Train, serve
+
+CAPACITY = 512
 SIDES: dict[str, dict[str, Any]] = {
     "ours": {},
     "trl default": {"per_device_train_batch_size": 8},
@@ -45,87 +42,9 @@ class Task(NamedTuple):
     steps: int
     precision: str
 
-
-class Run(NamedTuple):
-    """One training run; `heldout` is the loss of the trained weights, MiB are resident."""
-
-    wall: float
-    cpu: float
-    tokens: int
-    positions: int
-    steps: int
-    flops: float
-    attention_flops: float
-    heldout: float
-    before_mib: float
-    peak_mib: float
-
-
-class Meter:
-    """Starts and stops the clocks; counts tokens and FLOPs of what lies between."""
-
-    def __init__(self, *, count_flops: bool = False) -> None:
-        self.counter = flop_counter() if count_flops else None
-        self.tokens = self.positions = self.steps = 0
-        self.wall = self.cpu = 0.0
-
-    def start(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), cpu_seconds()
-        if self.counter is not None:
-            self.counter.__enter__()
-
-    def stop(self) -> None:
-        if self.counter is not None:
-            self.counter.__exit__(None, None, None)
-        self.wall, self.cpu = time.perf_counter() - self.wall, cpu_seconds() - self.cpu
-
-    def flops(self) -> tuple[float, float]:
-        """All, and attention's share."""
-        counts = self.counter.get_flop_counts() if self.counter is not None else {}
-        per_op = counts.get("Global", {})
-        return sum(per_op.values()), sum(n for op, n in per_op.items() if "attention" in str(op))
-
-
-Train = Callable[[Meter], Any]
-"""Trains once from the initial weights and returns the transformers model."""
-
-
-def flop_counter() -> Any:
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def products(q: Any, k: Any, is_causal: bool) -> int:
-        batch, heads, queries, dim = q
-        pairs = queries * (queries + 1) // 2 if is_causal else queries * k[2]
-        return 2 * batch * heads * dim * pairs
-
-    def forward(q: Any, k: Any, v: Any, p: float = 0.0, causal: bool = False, **_: Any) -> int:
-        return 2 * products(q, k, causal)
-
-    def backward(grad: Any, q: Any, k: Any, *rest: Any, **_: Any) -> int:
-        return 5 * products(q, k, rest[4])  # value, out, logsumexp, dropout, is_causal
-
-    def in_place(total: Any, left: Any, right: Any, **_: Any) -> int:
-        return 2 * left[0] * left[1] * right[1]
-
-    aten = torch.ops.aten
-    formulas = {
-        aten.addmm_: in_place,  # in TRL's loss; the counter knows only the other one
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def resident_mib(field: str) -> float:
-    """`VmHWM`: the highest so far, `VmRSS`: now."""
-    status = Path("/proc/self/status").read_text().split()
-    return int(status[status.index(f"{field}:") + 1]) / 1024
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.train]
 
 
 # ---------------------------------------------------------------------------------- ours
@@ -136,7 +55,7 @@ def packed_data(task: Task, folder: Path) -> Any:
 
     from mediphi.data.datamodule import PackedDataModule
     from mediphi.data.encoding import tokenizer_sha256
-    from mediphi.data.plan import PlanSettings, TrainingPlan
+    from mediphi.data.plan import PlanSettings
     from mediphi.data.render import Piece, Rendered
     from mediphi.data.tokenization import build_store
     from mediphi.data.tokens import StoreKey
@@ -153,129 +72,54 @@ def packed_data(task: Task, folder: Path) -> Any:
     ).tolist()
     assert same, "the two sides have different token ids"
     settings = PlanSettings(kinds=("document",), capacity=CAPACITY, global_batch=1)
-    micro = -(-TrainingPlan(store, settings).num_rows // (2 * task.steps))
-    settings = replace(settings, global_batch=2 * micro, micro_batch=micro)
+    settings = trainers.packed_plan(store, settings, steps=task.steps)
     return PackedDataModule(store, heldout=None, settings=settings)
-
-
-def our_module(task: Task, data: Any) -> Any:
-    from mediphi.backbone import BackboneSpec
-    from mediphi.config.schema import Optimizer, Phase
-    from mediphi.modules.language_model import LanguageModelModule
-    from mediphi.records import PIECE_KINDS
-
-    return LanguageModelModule(
-        backbone=BackboneSpec(task.model, "pretrained", "main", "sdpa"),
-        phase=Phase(lr=LR, schedule="constant"),
-        optimizer=Optimizer(beta2=0.999, weight_decay=0.0),  # TRL's
-        num_steps=data.train_plan.num_steps,
-        splits=data.train_plan.accumulate,
-        group_names={
-            "kind": PIECE_KINDS,
-            "source": data.group_names["source"],
-            "task": data.group_names["task_type"],
-        },
-    )
 
 
 def make_ours(task: Task, folder: Path) -> Train:
     """The wiring of a training phase, without checkpoints, logs and export."""
-    import lightning as L
-
-    from mediphi import engine
-    from mediphi.checkpointing import SafeCheckpointIO
-    from mediphi.config.schema import Hardware
-    from mediphi.tracking.progress import silence_lightning
-
-    silence_lightning()
-    data = packed_data(task, folder)
-    plan = data.train_plan
-    hardware = Hardware(accelerator="cpu", precision=task.precision)
-    loop = {"max_steps": plan.num_steps, "accumulate_grad_batches": plan.accumulate}
-
-    def work(meter: Meter) -> Any:
-        class Clock(L.Callback):
-            def on_train_start(self, *_: Any) -> None:
-                meter.start()
-
-            def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-                meter.stop()
-                meter.tokens = meter.positions = plan.num_tokens
-                meter.steps = trainer.global_step
-
-        module = our_module(task, data)
-        trainer = engine.make_trainer(
-            hardware,
-            engine.resolve(hardware),
-            checkpoint_io=SafeCheckpointIO(),
-            callbacks=[Clock()],
-            loggers=[],
-            loop={**loop, "gradient_clip_val": 1.0, "limit_val_batches": 0},
-        )
-        trainer.fit(module, data)
-        return module.backbone
-
-    return work
+    make_module = partial(trainers.language_model_module, task.model)
+    return trainers.make_ours(make_module, packed_data(task, folder), precision=task.precision)
 
 
 # ---------------------------------------------------------------------------------- TRL
-def peer_trainer(task: Task, folder: Path, *, side: str, meter: Meter) -> Any:
-    """An SFTTrainer with what both sides share, and the side's own settings."""
-    import datasets
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+def sft_trainer(
+    task: Any, folder: Path, *, own: dict[str, Any], meter: Meter, train_dataset: Any
+) -> Any:
+    """An SFTTrainer with what all sides share, and the side's own settings.
+
+    Args:
+        task: has `model`, `steps`, `precision` and, in `lengths`, the tokens of every row.
+    """
     from trl import SFTConfig, SFTTrainer
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            meter.start()
-
-        def on_train_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            meter.stop()
-            meter.steps = state.global_step
-
-    class Counting(SFTTrainer):
-        def training_step(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            mask = inputs.get("attention_mask")
-            meter.positions += inputs["input_ids"].numel()
-            meter.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            return super().training_step(model, inputs, *args, **options)
-
-    own = SIDES[side]
     # TRL's packing leaves some room: 3 % more rows a step, or a last step would be left over.
-    filled = int(1.03 * sum(map(len, task.train)) / CAPACITY) + 1
-    rows = filled if "packing" in own else len(task.train)
+    filled = int(1.03 * sum(task.lengths) / CAPACITY) + 1
+    rows = filled if "packing" in own else len(task.lengths)
     arguments = SFTConfig(
-        output_dir=str(folder),
         gradient_accumulation_steps=-(-rows // (task.steps * own["per_device_train_batch_size"])),
-        num_train_epochs=1,
         max_length=CAPACITY,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        bf16=task.precision == "bf16-mixed",
-        gradient_checkpointing=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **trainers.peer_arguments(folder, precision=task.precision),
         **own,
     )
-    return Counting(
-        model=AutoModelForCausalLM.from_pretrained(task.model, dtype="float32"),
+    return trainers.counting(SFTTrainer, meter)(
+        model=trainers.peer_model(task.model),
         args=arguments,
-        train_dataset=datasets.Dataset.from_dict({"input_ids": task.train}),
-        processing_class=AutoTokenizer.from_pretrained(TINY),
-        callbacks=[Clock()],
+        train_dataset=train_dataset,
+        processing_class=trainers.peer_tokenizer(),
+        callbacks=[trainers.peer_clock(meter)],
     )
+
+
+def peer_trainer(task: Task, folder: Path, *, side: str, meter: Meter) -> Any:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"input_ids": task.train})
+    return sft_trainer(task, folder, own=SIDES[side], meter=meter, train_dataset=rows)
 
 
 def make_peer(task: Task, folder: Path, *, side: str) -> Train:
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    trainers.quiet_peers()
 
     def work(meter: Meter) -> Any:
         trainer = peer_trainer(task, folder, side=side, meter=meter)
@@ -310,21 +154,10 @@ def heldout_loss(model: Any, task: Task) -> float:
         return float(one_by_one(plain.eval(), task.heldout))
 
 
-def worker(side: str, task: Task) -> None:
-    """Train once per line on stdin (`time` or `flops`), answer with a `Run` per line."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        work = make_ours(task, folder) if side == "ours" else make_peer(task, folder, side=side)
-        for line in sys.stdin:
-            meter, before = Meter(count_flops=line.strip() == "flops"), resident_mib("VmRSS")
-            model = work(meter)
-            heldout = heldout_loss(model, task)
-            counts = (meter.tokens, meter.positions, meter.steps, *meter.flops())
-            run = Run(meter.wall, meter.cpu, *counts, heldout, before, resident_mib("VmHWM"))
-            print(json.dumps(run), file=answers, flush=True)
-            del model
+def make(task: Task, side: str, folder: Path) -> Train:
+    return make_ours(task, folder) if side == "ours" else make_peer(task, folder, side=side)
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], Task(*json.loads(Path(sys.argv[2]).read_text())))
+    own = Task(*json.loads(Path(sys.argv[2]).read_text()))
+    serve(partial(make, own, sys.argv[1]), partial(heldout_loss, task=own))

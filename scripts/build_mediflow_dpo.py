@@ -5,7 +5,8 @@
 As in MediPhi (arXiv 2505.10717): the best rows by quality within each stratum of task, document
 type and format; three pairs for the best of them, two for the next, one for the others, in the
 paper's proportion of 20 : 25 : 40. The rejected sides are written by rules, each pair of a row with
-another error type. The same bytes come out every time.
+another error type. Pairs of rows from the `questions_*` files, which may hold health information of
+persons, go into files of the same name. The same bytes come out every time.
 """
 
 import hashlib
@@ -31,9 +32,14 @@ MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 Row = dict[str, Any]
 
 
-def read_rows(split: str) -> list[Row]:
-    with lzma.open(SOURCE / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
+def read_rows(name: str) -> list[Row]:
+    with lzma.open(SOURCE / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def read_split(split: str) -> list[Row]:
+    """Rows of both files."""
+    return read_rows(split) + read_rows(f"questions_{split}")
 
 
 def number_of(*parts: str) -> int:
@@ -93,10 +99,19 @@ def pairs_of(rows: Sequence[Row], count: int) -> list[Row]:
     return pairs
 
 
-def write_pairs(split: str, pairs: Sequence[Row]) -> None:
+def by_file(split: str, pairs: Sequence[Row]) -> dict[str, list[Row]]:
+    """Pairs by the name of the file that holds their row."""
+    questions = {number_of_row(row) for row in read_rows(f"questions_{split}")}
+    files: dict[str, list[Row]] = {split: [], f"questions_{split}": []}
+    for pair in pairs:
+        files[f"questions_{split}" if number_of_row(pair) in questions else split].append(pair)
+    return files
+
+
+def write_pairs(name: str, pairs: Sequence[Row]) -> None:
     content = "".join(f"{json.dumps(pair, ensure_ascii=False)}\n" for pair in pairs).encode()
     packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
-    (OUTPUT / f"{split}.jsonl.xz").write_bytes(packed)
+    (OUTPUT / f"{name}.jsonl.xz").write_bytes(packed)
 
 
 def table(column: str, title: str, pairs: dict[str, list[Row]]) -> str:
@@ -132,9 +147,10 @@ def update_readme(tables: Sequence[str]) -> None:
 
 
 def main() -> None:
-    pairs = {split: pairs_of(read_rows(split), count) for split, count in NUM_ROWS.items()}
+    pairs = {split: pairs_of(read_split(split), count) for split, count in NUM_ROWS.items()}
     for split, found in pairs.items():
-        write_pairs(split, found)
+        for name, own in by_file(split, found).items():
+            write_pairs(name, own)
     tables = [table("error_type", "error type", pairs), table("task_type", "task type", pairs)]
     update_readme(tables)
     print(*tables, sep="\n\n")

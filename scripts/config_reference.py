@@ -119,7 +119,8 @@ def table(section: Section, run: Any) -> Iterator[str]:
         here = run.get(name, PydanticUndefined) if isinstance(run, dict) else PydanticUndefined
         value = "" if here is PydanticUndefined or "section" in text else shown(here)
         value = "" if value == default else value
-        yield f"| `{section.prefix}{name}` | {text} | {default} | {value} | {told.get(name, '')} |"
+        meaning = " ".join(told.get(name, "").split())
+        yield f"| `{section.prefix}{name}` | {text} | {default} | {value} | {meaning} |"
 
 
 def shown(value: Any) -> str:

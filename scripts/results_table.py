@@ -30,9 +30,17 @@ COLUMNS = {
         "figure peer fill_ours fill_peer tokens_per_s_ours tokens_per_s_peer peak_mib_ours "
         "peak_mib_peer wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread"
     ),
+    "dpo_step": (
+        "figure precision peer runs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
+        "flops_ratio memory_ratio with_reference_wall_ratio"
+    ),
     "near_duplicates": (
         "method documents recall precision documents_per_cpu_s cpu_ratio_to_mediphi "
         "cpu_ratio_spread peak_memory_bytes_per_document minutes_for_2_5_million"
+    ),
+    "sft_step": (
+        "figure precision peer runs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
+        "flops_ratio memory_ratio"
     ),
     "train_step": (
         "figure precision peer pairs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
@@ -59,7 +67,7 @@ def kept_run(run_dir: Path) -> dict[str, Any]:
     metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
     extra = manifest["extra"]
     return {
-        "command": command(extra, manifest["config_hash"]),
+        "command": command(extra, manifest["config_hash"], parents=manifest["parents"]),
         **{key: extra.get(key) for key in ("corpus", "device", "precision", "steps", "tokens")},
         "parameters": extra.get("parameters"),
         "seconds": extra["seconds"],
@@ -71,7 +79,7 @@ def kept_run(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def command(extra: Line, config_hash: str) -> str:
+def command(extra: Line, config_hash: str, *, parents: Line) -> str:
     """What makes this run; settings beyond the groups are owned to, they cannot be recovered."""
     from mediphi.config import Config
     from mediphi.config import config_hash as hash_of
@@ -79,10 +87,15 @@ def command(extra: Line, config_hash: str) -> str:
     corpus = re.sub("^paper_", "paper/", extra["corpus"])
     groups = [f"stage={extra['stage']}", f"corpus={corpus}"]
     groups += [] if extra["model"] == "tiny" else [f"model={extra['model']}"]
-    text = f"python train.py {' '.join(groups)}"
-    plain = json.dumps(yaml.safe_load(resolved(groups)))
-    config = Config.model_validate_json(plain, strict=True)
-    return text if hash_of(config) == config_hash else f"{text} ... (config {config_hash})"
+    starts: list[list[str]] = [[]]
+    if "model" in parents:  # a run directory, or the model folder inside
+        folder = Path(parents["model"]["path"])
+        starts = [[f"model.path={folder.parent}"], [f"model.path={folder}"]]
+    for start in starts:
+        plain = json.dumps(yaml.safe_load(resolved([*groups, *start])))
+        if hash_of(Config.model_validate_json(plain, strict=True)) == config_hash:
+            return " ".join(["python train.py", *groups, *start])
+    return " ".join(["python train.py", *groups, *starts[0], f"... (config {config_hash})"])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -107,10 +120,10 @@ def results(runs: Sequence[Line]) -> str:
 
 
 def _run(run: Line) -> Iterator[str]:
-    from mediphi.announcement import read_exam
+    from mediphi.announcement import read_exams
 
     yield f"`{run['command']}`"
-    if exam := read_exam(run["metrics"]):
+    for exam in read_exams(run["metrics"]):
         yield exam.title
         yield markdown(exam.rows[0], exam.rows[1:])
     yield markdown(("measured", "value"), list(_measured(run)))
@@ -127,7 +140,8 @@ def _measured(run: Line) -> Iterator[tuple[str, str]]:
     documents = (sum(c[k] for c in run["counts"].values()) for k in ("train", "heldout"))
     yield "documents trained on, held out", ", ".join(f"{n:,}" for n in documents)
     if (loss := run["metrics"].get("heldout/loss")) is not None:
-        yield "held-out loss at the end", f"{loss:.3f} nats a token"
+        unit = "a pair (preference loss)" if "stage=dpo" in run["command"] else "nats a token"
+        yield "held-out loss at the end", f"{loss:.3f} {unit}"
     yield "versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     yield "commit, day", f"{run['commit'] or 'unknown'}, {run['created'][:10]}"
 

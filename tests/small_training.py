@@ -1,6 +1,6 @@
 """Real fits of a small model on a small store, for one process or several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,35 @@ def pair_settings(layout: Layout = "shared_pairs", **changes: Any) -> PlanSettin
 def differs(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """Largest difference of any weight."""
     return max(float((left[n] - right[n]).abs().max()) for n in left)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """A copy of every parameter's gradient; all have one."""
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and all(g.abs().max() > 1e-4 for g in theirs.values())
+    for name, value in ours.items():
+        error = (value - theirs[name]).norm() / theirs[name].norm()
+        assert error < 1e-5, name  # measured: 2e-6
+
+
+def nudge(model: Any) -> None:
+    """Away from its reference, the same way every time."""
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def logps_by_row(module: DpoModule, batches: Iterable[Any], *, size: int) -> np.ndarray:
+    """What `predict_step` gives, float32 `[size, 2]` by row of the store."""
+    found = np.full((size, 2), np.nan, dtype=np.float32)
+    with torch.no_grad():
+        for scored in (module.predict_step(batch, 0) for batch in batches):
+            found[scored.document_index.numpy()] = scored.logps.numpy()
+    return found
 
 
 class Sgd(CausalLMModule):

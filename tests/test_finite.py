@@ -60,8 +60,8 @@ def test_without_the_guard_nan_reaches_the_parameters(tmp_path: Path) -> None:
     assert any(p.isnan().any() for p in module.parameters())
 
 
-def test_step_without_a_loss_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"step 1 has no token with a loss; documents: doc/1"):
+def test_step_without_anything_to_learn_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 1 has nothing with a loss; documents: doc/1"):
         train(
             tmp_path,
             loader=ToyLoader(targets=0),

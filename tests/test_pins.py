@@ -14,7 +14,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BASE = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+BASE: dict[str, Requirement] = {
+    canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])
+}
 EXTRAS = {name: list(map(Requirement, r)) for name, r in PROJECT["optional-dependencies"].items()}
 
 MALICIOUS = [("lightning", "2.6.2"), ("lightning", "2.6.3")]

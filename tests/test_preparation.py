@@ -72,7 +72,7 @@ def test_another_version_of_the_rendering_gives_another_store(
 # --- task outputs from files --------------------------------------------------------------------
 
 
-def write_outputs(folder: Path, *spoilt: object) -> list[str]:
+def write_outputs(folder: Path, *spoilt: str | dict[str, str]) -> list[str]:
     """One summary a document, and rows that are bad, from line 4 on. Returns the overrides."""
     rows = [
         {"document_id": f"mine/n{i}", "kind": "summary", "text": f"Sum {i}.", "generator": "me/1"}
@@ -120,7 +120,7 @@ def test_what_is_trained_on_is_what_the_file_says(folder: Path) -> None:
     ("bad", "reason"), [*zip(BAD, ["not JSON", "names no document", "'kind' is none"], strict=True)]
 )
 def test_strict_refuses_a_bad_task_output_by_file_and_line(
-    bad: object, reason: str, folder: Path
+    bad: str | dict[str, str], reason: str, folder: Path
 ) -> None:
     with pytest.raises(DataError) as caught:
         prepared(folder, *write_outputs(folder, bad))

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from mediphi.config.schema import Logger as LoggerConfig
 from mediphi.errors import ArtifactError, MachineError, UserError
-from mediphi.records import DIFFICULTIES, PIECE_KINDS
+from mediphi.records import DIFFICULTIES, TASK_KINDS
 from mediphi.tracking import begin_phase, finish, log, make_loggers
 from mediphi.tracking.csv_log import CsvLogger
 from mediphi.tracking.names import METRICS, WALL_CLOCK, header, unit_of
 from mediphi.tracking.redaction import REDACTED, redact
 
-NAMES = header(kinds=PIECE_KINDS, sources=["icd10cm"], difficulties=DIFFICULTIES)
+GROUPS = {"kind": TASK_KINDS, "source": ["icd10cm"], "difficulty": DIFFICULTIES}
+NAMES = header("tokens", GROUPS)
 
 
 def started(path: Path, *, resumed_step: int | None = None, phase: str = "phase1") -> CsvLogger:
@@ -35,18 +36,55 @@ def steps_in(path: Path) -> list[str]:
 # --- names --------------------------------------------------------------------------------------
 
 
-def test_names_are_unique_and_wall_clock_ones_come_last() -> None:
-    assert len(set(NAMES)) == len(NAMES)
-    assert tuple(NAMES[-len(WALL_CLOCK) :]) == WALL_CLOCK
+PAIR_GROUPS = {"error": ["brevity"], "task": ["summarization"], "group": ["brevity", "all"]}
+
+
+@pytest.mark.parametrize(("objective", "groups"), [("tokens", GROUPS), ("pairs", PAIR_GROUPS)])
+def test_names_are_unique_and_wall_clock_ones_come_last(objective: Any, groups: Any) -> None:
+    names = header(objective, groups)
+    assert len(set(names)) == len(names)
+    assert tuple(names[-len(WALL_CLOCK) :]) == WALL_CLOCK
+    assert not [name for name in names if "{" in name]
     assert {m.name for m in METRICS if m.wall_clock} == {"tokens_per_second", "mfu", "memory_gb"}
 
 
-def test_every_name_has_its_unit() -> None:
-    assert unit_of("train/loss/kind/summary") == "nats/token"
-    assert unit_of("lr") == ""
-    assert all(isinstance(unit_of(name), str) for name in NAMES)
-    with pytest.raises(KeyError):
-        unit_of("losses")
+def test_each_objective_has_its_own_names() -> None:
+    tokens, pairs = header("tokens", {**GROUPS, **PAIR_GROUPS}), header("pairs", PAIR_GROUPS)
+    assert {"train/perplexity", "heldout/accuracy/task/summarization"} < set(tokens)
+    assert {"heldout/margin/error/brevity", "train/kl", "heldout/logps/chosen"} < set(pairs)
+    assert not [name for name in tokens if "margin" in name or "reward" in name]
+    assert not [name for name in pairs if "perplexity" in name or "/kind/" in name]
+
+
+def test_groups_without_names_have_no_columns() -> None:
+    names = header("tokens", {"kind": ["answer"]})
+    assert "train/loss/kind/answer" in names
+    assert not [name for name in names if "/source/" in name or "quiz" in name or "exam" in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("train/loss/kind/summary", "nats/token"),
+        ("heldout/accuracy/task/note scoring", "share right"),
+        ("heldout/accuracy/error/brevity", "share right"),
+        ("train/logps/chosen", "nats"),
+        ("train/logps_per_token/chosen", "nats/token"),
+        ("heldout/kl", "nats/token"),
+        ("train/reward/chosen", ""),
+        ("lr", ""),
+    ],
+)
+def test_a_name_has_the_unit_of_its_pattern(name: str, unit: str) -> None:
+    assert unit_of(name) == unit
+
+
+def test_every_name_has_a_unit_and_a_misspelt_one_none() -> None:
+    names = [*NAMES, *header("pairs", PAIR_GROUPS)]
+    assert all(isinstance(unit_of(name), str) for name in names)
+    for wrong in ("losses", "train/losss", "heldout/margins", "train/margin/kind/summary"):
+        with pytest.raises(KeyError):
+            unit_of(wrong)
 
 
 # --- CSV ----------------------------------------------------------------------------------------

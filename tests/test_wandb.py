@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from mediphi.config.schema import Logger as LoggerConfig
-from mediphi.records import DIFFICULTIES, PIECE_KINDS
+from mediphi.records import DIFFICULTIES, TASK_KINDS
 from mediphi.tracking import begin_phase, finish, log, make_loggers
 from mediphi.tracking.names import header
 
-NAMES = header(kinds=PIECE_KINDS, sources=["icd10cm"], difficulties=DIFFICULTIES)
+GROUPS = {"kind": TASK_KINDS, "source": ["icd10cm"], "difficulty": DIFFICULTIES}
+NAMES = header("tokens", GROUPS)
 
 
 CANARY = "canary-5f0c9a"

@@ -125,7 +125,7 @@ def train(
     module = make_module()
     folder = run_dir / "checkpoints" / "phase1"
     found = last_checkpoint(folder)
-    logger = CsvLogger(run_dir / "metrics.csv", header(kinds=[], sources=[]))
+    logger = CsvLogger(run_dir / "metrics.csv", header("tokens", {}))
     resumed = step_of(found) if found else None
     begin_phase([logger], "phase1", first_step=0, resumed_step=resumed)
     checkpoint = PeriodicCheckpoint(folder, every_steps=every_steps, keep=100)

@@ -13,7 +13,7 @@ from scripts.build_mediflow.families import FAMILIES
 from scripts.build_mediflow.leakage import ForbiddenTexts
 from scripts.build_mediflow.material import CORPORA, Material
 from scripts.build_mediflow.rows import Candidate
-from scripts.build_mediflow.selection import Selection, published, select
+from scripts.build_mediflow.selection import Selection, by_file, published, select
 
 OUTPUT = CORPORA / "mediflow"
 TOKENIZER = CORPORA.parent / "models" / "phi35_mini" / "tokenizer.json"
@@ -50,8 +50,8 @@ def main() -> None:
     tests = ForbiddenTexts(material.test_texts())
     candidates = (row for family in FAMILIES.values() for row in family(material))
     selection = select(candidates, tests=tests, tokenizer=tokenizer)
-    for split, rows in selection.rows.items():
-        (OUTPUT / f"{split}.jsonl.xz").write_bytes(packed(rows))
+    for name, rows in by_file(selection).items():
+        (OUTPUT / f"{name}.jsonl.xz").write_bytes(packed(rows))
     update_readme(OUTPUT / "README.md", selection, tokenizer)
 
 

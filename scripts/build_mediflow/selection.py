@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from mediphi.data.sources.bundled import normalise
 from mediphi.errors import DataError
 from scripts.build_mediflow.leakage import ForbiddenTexts
+from scripts.build_mediflow.licences import SOURCES
 from scripts.build_mediflow.rating import rate
 from scripts.build_mediflow.rows import COLUMNS, Candidate, Split
 
@@ -121,6 +122,16 @@ def num_tokens(row: Candidate, tokenizer: Tokenizer) -> int:
     """Tokens of instruction, input and output."""
     texts = (row.instruction, row.input, row.output)
     return sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False))
+
+
+def by_file(selection: Selection) -> dict[str, list[Candidate]]:
+    """Rows by the stem of their file: `questions_*` for a source that `contains_phi`."""
+    files: dict[str, list[Candidate]] = defaultdict(list)
+    for split, rows in selection.rows.items():
+        for row in rows:
+            is_open = not SOURCES[row.task.source].contains_phi
+            files[split if is_open else f"questions_{split}"].append(row)
+    return files
 
 
 def published(row: Candidate) -> dict[str, Any]:

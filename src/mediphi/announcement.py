@@ -25,7 +25,7 @@ def announce(folder: Path) -> RunResult:
     """
     extra = read_manifest(folder)["extra"]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if exam := read_exam(metrics):
+    for exam in read_exams(metrics):
         print(f"{exam.title}\n{format_table(exam.rows)}")
     print(f"done    {folder}  (report.html, metrics.csv, README.md)")
     print(f"model   {folder / 'model'}")
@@ -36,14 +36,16 @@ def announce(folder: Path) -> RunResult:
     return RunResult(metrics["objective"]["value"], folder)
 
 
-def read_exam(metrics: Mapping[str, Any]) -> ExamTable | None:
-    """The table of the exam in `metrics.json`; None where there was none."""
-    exam = metrics["exam"]
-    if exam is None:
-        return None
+def read_exams(metrics: Mapping[str, Any]) -> list[ExamTable]:
+    """The tables of the exams in `metrics.json`."""
+    return [_table(exam) for exam in metrics["exams"].values()]
+
+
+def _table(exam: Mapping[str, Any]) -> ExamTable:
     results = {
         moment: [GroupResult(**row) for row in rows.values()]
         for moment, rows in exam["results"].items()
     }
     gains = {group: Difference(**gain) for group, gain in exam["gain"].items()}
-    return ExamTable(exam["title"], exam_table(results, gains, noun=exam["noun"]))
+    rows = exam_table(results, gains, noun=exam["noun"], unit=exam["unit"])
+    return ExamTable(exam["title"], rows)

@@ -35,6 +35,10 @@ IMPLEMENTATIONS: dict[Kernel, str] = {
 }
 """Kernel -> what `attn_implementation` is called in transformers."""
 
+FLASH_SHARES_NOTHING = (
+    "stage.share_prompt needs hardware.attention=varlen or sdpa, or set it to false"
+)
+
 
 class Block(NamedTuple):
     """Sequences of similar length, padded to the longest of them.
@@ -55,13 +59,22 @@ class Block(NamedTuple):
         return Block(self.rows.to(device), self.real.to(device), self.keys.to(device), mask)
 
 
-def choose_kernel(wanted: str, *, device_type: str) -> Kernel:
+def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False) -> Kernel:
     """The best kernel that is there, or the wanted one.
+
+    Args:
+        wanted: a kernel, or `auto`.
+        device_type: `cuda` or `cpu`.
+        shares_prompts: whether rows will hold two answers to one prompt, which flash cannot do.
 
     Raises:
         UserError: the wanted kernel cannot run here.
     """
     available = available_kernels(device_type)
+    if shares_prompts and wanted == "auto":
+        available = [kernel for kernel in available if kernel != "flash"]
+    if shares_prompts and wanted == "flash":
+        raise UserError(FLASH_SHARES_NOTHING)
     if wanted == "auto":
         return available[0]
     if wanted not in available:
@@ -113,9 +126,7 @@ def shared_prompt_boundaries(
         UserError: `flash`, which transformers calls with the keys in the order of the row.
     """
     if kernel == "flash":
-        raise UserError(
-            "stage.share_prompt needs hardware.attention=varlen or sdpa, or set it to false"
-        )
+        raise UserError(FLASH_SHARES_NOTHING)
     if kernel == "sdpa":
         return {"blocks": shared_prompt_blocks(cu_parts)}
     keys = []

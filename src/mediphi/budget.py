@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mediphi.backbone import LOAD_ERRORS
 from mediphi.batches import IGNORE, Batch, PreferenceBatch
-from mediphi.config.schema import ChatStage, Config
+from mediphi.config.schema import ChatStage, Config, DpoStage
 from mediphi.engine import training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
@@ -94,7 +94,7 @@ def estimate(folder: str, *, config: Config) -> Budget:
         num_matmul_parameters=num_matmul,
         num_head_parameters=model_config.vocab_size * model_config.hidden_size,
         weights_dtype=_dtype(model_config),
-        memory_bytes=num_parameters * 4
+        memory_bytes=num_parameters * 4 * _num_copies(config)
         + trained * BYTES_PER_TRAINED
         + _activations(model_config, config),
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
@@ -126,13 +126,19 @@ def show_phases(phases: Sequence[Any]) -> None:
         )
 
 
-def _num_trained(model: torch.nn.Module, num_parameters: int, config: Config) -> int:
+def _num_trained(model: PreTrainedModel, num_parameters: int, config: Config) -> int:
     """All parameters, or those of the adapters; adapters that cannot be are refused here."""
     stage = config.stage
     if not isinstance(stage, ChatStage) or stage.lora is None:
         return num_parameters
     add_adapters(model, stage.lora, seed=0)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _num_copies(config: Config) -> int:
+    """Models in memory: a live reference is a second one."""
+    stage = config.stage
+    return 2 if isinstance(stage, DpoStage) and stage.reference == "live" else 1
 
 
 def _dtype(model_config: Any) -> torch.dtype:

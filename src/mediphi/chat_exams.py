@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from mediphi.backbone import BackboneSpec
 from mediphi.data.heldout_prompts import HeldoutPrompt
 from mediphi.data.tokens import TokenStore
 from mediphi.engine import Device
-from mediphi.evaluate.scores import Scored
+from mediphi.evaluate.scores import Scored, Unit
 from mediphi.evaluate.text_scores import score_answer
 from mediphi.generation import answer
 from mediphi.modules.meters import UNNAMED, preferred
@@ -34,7 +33,8 @@ class TaskScores:
     device: Device
     title: str = "How well are held-out instructions followed?"
     noun: str = "prompts"
-    metric: Literal["quiz", "exam"] = "exam"
+    metric: str = "exam"
+    unit: Unit = "%"
     overall: bool = True
 
     @property
@@ -72,7 +72,8 @@ class PreferenceAccuracy:
     length_normalised: bool
     title: str = "Is the better of two held-out answers preferred?"
     noun: str = "pairs"
-    metric: Literal["quiz", "exam"] = "exam"
+    metric: str = "exam"
+    unit: Unit = "%"
     overall: bool = True
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -48,7 +48,7 @@ class Device:
     kernel: Kernel
 
 
-def resolve(hardware: Hardware) -> Device:
+def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
     """Choose accelerator, precision and attention kernel by what this machine can do.
 
     Raises:
@@ -68,7 +68,7 @@ def resolve(hardware: Hardware) -> Device:
         type=kind,
         name=name,
         precision=_precision(hardware.precision, on_gpu),
-        kernel=choose_kernel(hardware.attention, device_type=kind),
+        kernel=choose_kernel(hardware.attention, device_type=kind, shares_prompts=shares_prompts),
     )
 
 

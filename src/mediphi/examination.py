@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
 from mediphi.backbone import BackboneSpec
 from mediphi.engine import Device
-from mediphi.evaluate.scores import OVERALL, Scored, improvement, summarise
+from mediphi.evaluate.scores import OVERALL, Scored, Unit, improvement, summarise
 from mediphi.records import DIFFICULTIES, MultipleChoice
 from mediphi.scoring import score_quiz
 
@@ -19,7 +19,8 @@ class Exam(Protocol):
     Attributes:
         title: heads its table.
         noun: what its items are called, in the plural.
-        metric: first part of its metrics' names, `<metric>/<group>`.
+        metric: first part of its metrics' names, `<metric>/<group>`, and of its files' names.
+        unit: of its scores.
         groups: every group that `sit` may yield, in order.
         overall: whether the mean over all items is told beside the groups'.
     """
@@ -29,7 +30,9 @@ class Exam(Protocol):
     @property
     def noun(self) -> str: ...
     @property
-    def metric(self) -> Literal["quiz", "exam"]: ...
+    def metric(self) -> str: ...
+    @property
+    def unit(self) -> Unit: ...
     @property
     def groups(self) -> tuple[str, ...]: ...
     @property
@@ -49,7 +52,8 @@ class CodeQuiz:
     device: Device
     title: str = "What does code X mean?"
     noun: str = "questions"
-    metric: Literal["quiz", "exam"] = "quiz"
+    metric: str = "quiz"
+    unit: Unit = "%"
     groups: tuple[str, ...] = DIFFICULTIES
     overall: bool = False
 
@@ -76,6 +80,7 @@ def marks(exam: Exam, answers: Mapping[str, Sequence[Scored]], *, seed: int) -> 
     return {
         "title": exam.title,
         "noun": exam.noun,
+        "unit": exam.unit,
         "results": {name: {r.group: r._asdict() for r in own} for name, own in results.items()},
         "gain": {group: gain._asdict() for group, gain in gains.items()},
     }

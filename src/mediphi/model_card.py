@@ -18,7 +18,7 @@ def write_card(
     config: Config,
     data: PreparedData,
     facts: Mapping[str, object],
-    exam: ExamTable | None,
+    exams: Sequence[ExamTable],
 ) -> None:
     """Write the card."""
     base = config.model.path or config.model.name
@@ -50,7 +50,7 @@ def write_card(
             ],
         ),
     ]
-    if exam:
+    for exam in exams:
         parts += [f"## {exam.title}\n", _table(exam.rows[0], exam.rows[1:])]
     parts.append(
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

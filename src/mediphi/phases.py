@@ -20,7 +20,6 @@ from mediphi.checkpointing import (
     SafeCheckpointIO,
     StopOnSignal,
     last_checkpoint,
-    remove_checkpoints,
     step_of,
 )
 from mediphi.config import config_hash
@@ -174,13 +173,13 @@ def fit_phase(run: Training, plan: PhasePlan, *, backbone: BackboneSpec, loggers
             "log_every_n_steps": config.logger.every_steps,
         },
     )
+    if has_heldout and state is None:
+        trainer.validate(module, plan.data, verbose=False)  # where training starts from
     trainer.fit(module, plan.data, ckpt_path=None if state is None else str(state))
     if has_heldout and steps.num_steps % every:
         trainer.validate(module, plan.data, verbose=False)
     if rank() == 0:
         _export(run, plan, module)
-        if plan is not run.phases[-1]:
-            remove_checkpoints(run.checkpoints(plan))  # the next phase starts from the model
 
 
 def _callbacks(run: Training, plan: PhasePlan) -> list[L.Callback]:
@@ -221,7 +220,8 @@ def _samples(run: Training) -> list[L.Callback]:
     )
     shown = [prompt for prompt in drawn if not sources[prompt.source].licence.contains_phi]
     tasks = {prompt.task_type: prompt for prompt in reversed(shown)}
-    prompts = [*tasks.values(), *shown][: stage.num_samples]
+    first_of_each = {prompt.id: prompt for prompt in (*tasks.values(), *shown)}
+    prompts = [*first_of_each.values()][: stage.num_samples]
     if not prompts:
         return []
     options = {"tokenizer": run.tokenizer, "device": run.device}

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from mediphi import tracking
-from mediphi.announcement import announce, read_exam
+from mediphi.announcement import announce, read_exams
 from mediphi.artifacts import publish, write_atomic
 from mediphi.backbone import original_positions
 from mediphi.config import config_hash
@@ -18,26 +18,30 @@ from mediphi.phases import Training
 from mediphi.report import Table, write_report
 
 Answers = dict[str, list[Scored]]
-"""Moment (`before`, `after phase1`, ...) -> what the exam gave then; empty without an exam."""
+"""Moment (`before`, `after phase1`, ...) -> what an exam gave then; empty on other ranks than 0."""
 
 
-def publish_run(run: Training, answers: Answers, *, exam: Exam | None, seconds: float) -> RunResult:
-    """Write everything that is there to look at; the run is done when the manifest is."""
-    metrics = _metrics(run, answers, exam)
+def publish_run(run: Training, sat: list[tuple[Exam, Answers]], *, seconds: float) -> RunResult:
+    """Write everything that is there to look at; the run is done when the manifest is.
+
+    Args:
+        sat: the exams, the one that sweeps compare first.
+    """
+    metrics = _metrics(run, sat)
     if rank() != 0:
         return RunResult(metrics["objective"]["value"], run.folder)
     config, folder = run.config, run.folder
-    table = read_exam(metrics)
+    tables = read_exams(metrics)
     facts = _facts(run)
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_report(
         folder,
         title=f"{config.stage.kind} on {config.corpus.name}",
         metrics_csv=folder / tracking.METRICS_CSV,
-        tables=[Table(table.title, table.rows[0], table.rows[1:])] if table else [],
+        tables=[Table(table.title, table.rows[0], table.rows[1:]) for table in tables],
         facts=facts,
     )
-    write_card(folder, config=config, data=run.data, facts=facts, exam=table)
+    write_card(folder, config=config, data=run.data, facts=facts, exams=tables)
     publish(
         folder,
         config_hash=config_hash(config),
@@ -58,16 +62,17 @@ def publish_run(run: Training, answers: Answers, *, exam: Exam | None, seconds: 
     return announce(folder)
 
 
-def _metrics(run: Training, answers: Answers, exam: Exam | None) -> dict[str, Any]:
-    """`metrics.json`: what sweeps compare, the last held-out loss, and the exam."""
+def _metrics(run: Training, sat: list[tuple[Exam, Answers]]) -> dict[str, Any]:
+    """`metrics.json`: what sweeps compare, the last held-out loss, and the exams."""
     with (run.folder / tracking.METRICS_CSV).open(newline="", encoding="utf-8") as file:
         losses = [float(r["heldout/loss"]) for r in csv.DictReader(file) if r["heldout/loss"]]
     heldout = losses[-1] if losses else None
-    if exam is None or not answers:
-        objective = {"name": "heldout/loss", "value": heldout}
-        return {"objective": objective, "heldout/loss": heldout, "exam": None}
-    told = marks(exam, answers, seed=run.config.seed)
-    return {"objective": headline(exam, told), "heldout/loss": heldout, "exam": told}
+    exams = {e.metric: marks(e, answers, seed=run.config.seed) for e, answers in sat if answers}
+    objective = {"name": "heldout/loss", "value": heldout}
+    if exams:
+        first = sat[0][0]
+        objective = headline(first, exams[first.metric])
+    return {"objective": objective, "heldout/loss": heldout, "exams": exams}
 
 
 def _facts(run: Training) -> dict[str, object]:

@@ -28,7 +28,7 @@ from mediphi.config.schema import DpoStage
 from mediphi.data.datamodule import References
 from mediphi.data.fingerprint import FileHashes
 from mediphi.data.loader import PackedLoader
-from mediphi.data.plan import PlanSettings, TrainingPlan
+from mediphi.data.plan import TrainingPlan, once_through
 from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError, UserError
 from mediphi.launch import rank
@@ -74,13 +74,16 @@ def preference_exam(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> P
     """Held-out preference accuracy against the model that training starts from, on rank 0."""
     stage, store = run.config.stage, plan.data.heldout
     assert isinstance(stage, DpoStage) and store is not None
-    pairs = once_through(store, replace(plan.data.settings, world_size=1))
+    pairs = None
+    if store.num_tokens:
+        pairs = once_through(store, replace(plan.data.settings, world_size=1))
     tokens = np.zeros((store.manifest.num_documents, 2), dtype=np.int64)
     if pairs is not None:
         tokens[pairs.sequences.document] = pairs.sequences.parts[:, 1:]
 
     def heldout_logps(model: BackboneSpec) -> Logps:
-        return _here(_module(run, plan, model), pairs, run.device, size=len(tokens))
+        logps = _here(_module(run, plan, model), pairs, run.device, size=len(tokens))
+        return logps if pairs is None else _finite(logps, pairs)
 
     @cache
     def reference() -> Logps | None:
@@ -95,15 +98,6 @@ def preference_exam(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> P
         tokens=tokens,
         length_normalised=stage.length_normalised,
     )
-
-
-def once_through(store: TokenStore, settings: PlanSettings) -> TrainingPlan | None:
-    """Every pair of a store once, whatever training takes of it; None where it has none."""
-    if not store.num_tokens:
-        return None
-    rows = settings.micro_batch * settings.world_size
-    once = replace(settings, global_batch=rows, epochs=1, seed=0, weights={})
-    return TrainingPlan(store, replace(once, max_rows=None, max_steps=None))
 
 
 def _compute(run: Training, plan: PhasePlan, backbone: BackboneSpec, path: Path) -> None:
@@ -125,10 +119,10 @@ def _everywhere(
     run: Training, plan: PhasePlan, backbone: BackboneSpec, store: TokenStore, *, title: str
 ) -> Logps:
     """Log-probabilities of all pairs of a store, each rank computing its share."""
-    pairs = once_through(store, plan.data.settings)
     size = store.manifest.num_documents
-    if pairs is None:
+    if not store.num_tokens:
         return np.full((size, 2), np.nan, dtype=np.float32)
+    pairs = once_through(store, plan.data.settings)
     trainer = engine.make_trainer(
         run.config.hardware,
         run.device,
@@ -138,13 +132,18 @@ def _everywhere(
         loop={},
     )
     loader: Any = PackedLoader(pairs, rank=rank())
-    shares = engine.from_all_ranks(trainer.predict(_module(run, plan, backbone), loader) or [])
-    logps = _filled((scored for share in shares for scored in share), size)
+    found: Any = trainer.predict(_module(run, plan, backbone), loader)
+    shares = engine.from_all_ranks(found or [])
+    return _finite(_filled((scored for share in shares for scored in share), size), pairs)
+
+
+def _finite(logps: Logps, pairs: TrainingPlan) -> Logps:
+    """The same, where every pair that fits into a row has its numbers."""
     fitting = pairs.sequences.document
     if len(bad := fitting[~np.isfinite(logps[fitting]).all(axis=1)]):
         raise UserError(
             f"log-probabilities of {len(bad)} pairs are not finite, the first is "
-            f"{store.document_id(int(bad[0]))}: look at the model's weights and at this pair"
+            f"{pairs.store.document_id(int(bad[0]))}: look at the model's weights and at this pair"
         )
     return logps
 
@@ -157,7 +156,7 @@ def _here(
     module.configure_model()
     module.eval().to(device.type)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.precision == "bf16-mixed")
-    batches = [] if pairs is None else PackedLoader(pairs)
+    batches: Any = [] if pairs is None else PackedLoader(pairs)
     with autocast:
         return _filled((module.predict_step(b.to(device.type), 0) for b in batches), size)
 
@@ -187,6 +186,7 @@ def _key(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> str:
     facts = {
         "version": VERSION,
         "weights": _weights(backbone, FileHashes(Path(run.config.paths.cache))),
+        "hub_commit": getattr(run.budget.model_config, "_commit_hash", None),
         "data": [store.manifest.key.digest for store in stores],
         "layout": plan.data.settings.layout,
         "capacity": plan.data.settings.capacity,

@@ -71,4 +71,5 @@ class GreedySamples(Callback):
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        with self.path.open(encoding="utf-8") as lines:  # splitlines would cut at U+2028
+            return [json.loads(line) for line in lines]

@@ -1,6 +1,7 @@
 """What sets the training stages apart: their phases, their sequences, their module."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mediphi.backbone import BackboneSpec
@@ -84,6 +85,7 @@ def make_module(
     }
     names = data.group_names
     if isinstance(stage, DpoStage):
+        reference = replace(backbone, lora=None, activation_checkpointing=False)
         return dpo.DpoModule(
             objective=dpo.Objective(
                 loss=stage.loss,
@@ -93,7 +95,7 @@ def make_module(
                 sft_weight=stage.sft_weight,
                 uses_reference=stage.reference != "none",
             ),
-            live_reference=backbone if stage.reference == "live" else None,
+            live_reference=reference if stage.reference == "live" else None,
             group_names={
                 "source": names["source"],
                 "error": names["error_type"],

@@ -7,6 +7,7 @@ file, and last of all the run's manifest. Every step looks there first.
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mediphi import engine, tracking
@@ -27,21 +28,25 @@ from mediphi.backbone import (
 )
 from mediphi.budget import estimate, show_phases, show_plan
 from mediphi.chat_exams import TaskScores
+from mediphi.checkpointing import remove_checkpoints
 from mediphi.config import run_dir, run_name
 from mediphi.config.schema import ChatStage, Config, DpoStage, SftStage
 from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.errors import ArtifactError
 from mediphi.evaluate.scores import OVERALL, Scored, summarise
 from mediphi.examination import CodeQuiz, Exam
+from mediphi.heldout_loss import HeldoutLoss
 from mediphi.launch import RunResult, rank
 from mediphi.phases import Loggers, PhasePlan, Training, fit_phase, plan_phases
 from mediphi.preparation import prepare
-from mediphi.publication import publish_run
+from mediphi.publication import Answers, publish_run
 from mediphi.references import bring_references, preference_exam
 from mediphi.stages import metric_groups, objective_of
 from mediphi.tracking.names import header
 from mediphi.tracking.progress import silence_lightning
 
+EXAM_SLOTS = {"quiz": "difficulty", "exam": "group"}
+"""Metric of an exam that has columns of its own -> what its groups fill in their names."""
 BEFORE = "before"
 """The moment before the first phase."""
 
@@ -68,7 +73,9 @@ def train(config: Config) -> RunResult:
 
 def _set_up(config: Config) -> Training:
     """Everything that can be refused is refused here, before the first step."""
-    device = engine.resolve(config.hardware)
+    stage = config.stage
+    shares = isinstance(stage, DpoStage) and stage.share_prompt
+    device = engine.resolve(config.hardware, shares_prompts=shares)
     parent = None
     folder = resolve_folder(config.model.folder)
     if config.model.is_pretrained:
@@ -86,7 +93,7 @@ def _set_up(config: Config) -> Training:
 
 
 def _train(run: Training) -> RunResult:
-    config, exam = run.config, _exam(run)
+    config, exams = run.config, _exams(run)
     preflight_space(run.folder, run.budget.disk_bytes)
     if rank() == 0:
         print(f"run         {run.folder}  ({run.device.name}, {run.device.precision})")
@@ -97,36 +104,40 @@ def _train(run: Training) -> RunResult:
         run_name=run_name(config),
         header=header(
             objective_of(config.stage),
-            {**metric_groups(config, run.phases[0].data), **_exam_columns(exam)},
+            {**metric_groups(config, run.phases[0].data), **_exam_columns(exams)},
         ),
         config_dict=config.model_dump(mode="json"),
     )
     started, exit_code = time.monotonic(), 1
     try:
-        answers = _run_phases(run, exam, loggers)
+        answers = _run_phases(run, exams, loggers)
         exit_code = 0
     finally:
         tracking.finish(loggers, exit_code=exit_code)
-    return publish_run(run, answers, exam=exam, seconds=time.monotonic() - started)
+    sat = list(zip(exams, answers, strict=True))
+    return publish_run(run, sat, seconds=time.monotonic() - started)
 
 
-def _run_phases(run: Training, exam: Exam | None, loggers: Loggers) -> dict[str, list[Scored]]:
-    """Train all phases; what the exam gives before the first and after each."""
+def _run_phases(run: Training, exams: list[Exam], loggers: Loggers) -> list[Answers]:
+    """Train all phases; what each exam gives before the first and after each."""
     backbone, first = _first_backbone(run), run.phases[0]
     if isinstance(run.config.stage, DpoStage):
         bring_references(run, first, backbone)
-    answers = {BEFORE: _sit(run, exam, BEFORE, plan=first, backbone=backbone, loggers=loggers)}
+    sit = partial(_sit, run, exams, loggers)
+    moments = {BEFORE: sit(BEFORE, plan=first, backbone=backbone)}
     for plan in run.phases:
         target = run.model_folder(plan)
         if not target.is_dir():
             fit_phase(run, plan, backbone=backbone, loggers=loggers)
         else:
             _check_model(target)
+        if rank() == 0 and plan is not run.phases[-1]:
+            remove_checkpoints(run.checkpoints(plan))  # the next phase starts from the model
         engine.wait_for_all()
         backbone = replace(backbone, folder=str(target), init="pretrained", revision="main")
         moment = f"after {plan.name}"
-        answers[moment] = _sit(run, exam, moment, plan=plan, backbone=backbone, loggers=loggers)
-    return {moment: scored for moment, scored in answers.items() if scored}
+        moments[moment] = sit(moment, plan=plan, backbone=backbone)
+    return [{name: own[n] for name, own in moments.items() if own[n]} for n in range(len(exams))]
 
 
 def _check_model(target: Path) -> None:
@@ -151,56 +162,62 @@ def _first_backbone(run: Training) -> BackboneSpec:
     )
 
 
-def _exam(run: Training) -> Exam | None:
-    """What the stage is examined in; None where it has no questions."""
-    stage = run.config.stage
+def _exams(run: Training) -> list[Exam]:
+    """What the stage is examined in, the exam that sweeps compare first."""
+    stage, heldout = run.config.stage, run.data.heldout
     if run.data.questions:
-        return CodeQuiz(run.tokenizer, run.data.questions, run.device)
-    if isinstance(stage, SftStage) and stage.exam is not None:
-        prompts = heldout_prompts(
-            run.data.heldout,
-            run.tokenizer,
-            per_task=stage.exam.per_task,
-            max_prompt_tokens=stage.max_length,
-            seed=run.config.seed,
-        )
-        return TaskScores(run.tokenizer, prompts, stage.exam.max_new_tokens, run.device)
-    if isinstance(stage, DpoStage) and run.data.heldout.num_tokens:
-        return preference_exam(run, run.phases[0], _first_backbone(run))
-    return None
+        return [CodeQuiz(run.tokenizer, run.data.questions, run.device)]
+    if isinstance(stage, DpoStage) and heldout.num_tokens:
+        return [preference_exam(run, run.phases[0], _first_backbone(run))]
+    if not isinstance(stage, SftStage) or stage.exam is None or not heldout.num_tokens:
+        return []
+    prompts = heldout_prompts(
+        heldout,
+        run.tokenizer,
+        per_task=stage.exam.per_task,
+        max_prompt_tokens=stage.max_length,
+        seed=run.config.seed,
+    )
+    settings = replace(run.phases[0].data.settings, world_size=1)
+    return [
+        TaskScores(run.tokenizer, prompts, stage.exam.max_new_tokens, run.device),
+        HeldoutLoss(heldout, settings, run.device),
+    ]
 
 
-def _exam_columns(exam: Exam | None) -> dict[str, tuple[str, ...]]:
-    """What fills the exam's metric name, as `header` takes it."""
-    if exam is None:
-        return {}
-    groups = (*exam.groups, OVERALL) if exam.overall else exam.groups
-    return {"difficulty" if exam.metric == "quiz" else "group": groups}
+def _exam_columns(exams: list[Exam]) -> dict[str, tuple[str, ...]]:
+    """What fills the exams' metric names, as `header` takes it; the loss has its own."""
+    columns = {}
+    for exam in exams:
+        groups = (*exam.groups, OVERALL) if exam.overall else exam.groups
+        columns[EXAM_SLOTS.get(exam.metric, "")] = groups
+    return columns
 
 
 def _sit(
     run: Training,
-    exam: Exam | None,
+    exams: list[Exam],
+    loggers: Loggers,
     moment: str,
     *,
     plan: PhasePlan,
     backbone: BackboneSpec,
-    loggers: Loggers,
-) -> list[Scored]:
+) -> list[list[Scored]]:
     """The scores at a moment, taken once; the row is logged before the file says that it is."""
-    path = run.folder / "exam" / f"{moment.replace(' ', '_')}.json"
-    if exam is None or rank() != 0:
-        engine.wait_for_all()
-        return []
-    if path.is_file():
-        scored = [Scored(**row) for row in json.loads(path.read_text())]
-    else:
-        scored = exam.sit(replace(backbone, activation_checkpointing=False, lora=None))
-        step = 0 if moment == BEFORE else plan.num_steps
-        tracking.begin_phase(loggers, plan.name, first_step=plan.first_step, resumed_step=step)
-        results = summarise(scored, overall=exam.overall, seed=run.config.seed)
-        tracking.log(loggers, {f"{exam.metric}/{r.group}": r.score for r in results}, step=step)
+    backbone = replace(backbone, activation_checkpointing=False, lora=None)
+    scores: list[list[Scored]] = [[] for _ in exams]
+    for number, exam in enumerate(exams if rank() == 0 else []):
+        path = run.folder / "exam" / f"{exam.metric}_{moment.replace(' ', '_')}.json"
+        if path.is_file():
+            scores[number] = [Scored(**row) for row in json.loads(path.read_text())]
+            continue
+        scores[number] = exam.sit(backbone)
+        if exam.metric in EXAM_SLOTS:
+            step = 0 if moment == BEFORE else plan.num_steps
+            results = summarise(scores[number], overall=exam.overall, seed=run.config.seed)
+            tracking.begin_phase(loggers, plan.name, first_step=plan.first_step, resumed_step=step)
+            tracking.log(loggers, {f"{exam.metric}/{r.group}": r.score for r in results}, step=step)
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps([one._asdict() for one in scored]) + "\n")
+        write_atomic(path, json.dumps([one._asdict() for one in scores[number]]) + "\n")
     engine.wait_for_all()
-    return scored
+    return scores

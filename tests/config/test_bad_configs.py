@@ -134,9 +134,72 @@ ONE_PROBLEM = [
     (["model.path='https://user:canary@host/x'"], "model.path: holds a secret"),
 ]
 
+SFT = ["stage=sft", "corpus=mediflow"]
+DPO = ["stage=dpo", "corpus=mediflow_dpo"]
+LOCAL = ["stage=sft", "corpus=local", "corpus.sources.mine.format=messages"]
+
+CHAT_PROBLEM = [
+    # A stage and its corpus.
+    (["stage=sft"], "stage=sft reads conversations, the corpus 'medcode' yields plain text; take"),
+    (["stage=sft", "corpus=local"], "take corpus=mediflow, or set the sources' format"),
+    (["stage=dpo"], "stage=dpo reads preference pairs, the corpus 'medcode' yields plain text"),
+    (["stage=dpo", "corpus=mediflow"], "yields conversations; take corpus=mediflow_dpo"),
+    (["stage=sft", "corpus=mediflow_dpo"], "yields preference pairs; take corpus=mediflow,"),
+    (["stage=dapt", "corpus=mediflow"], "take corpus=medcode"),
+    (["experiment=smoke_sftt"], "did you mean smoke_sft?"),
+    (["stage=sfd", "corpus=mediflow"], "stage=sfd: allowed: dapt, dpo, pit, sft"),
+    # Sources of rows.
+    ([*SFT, "corpus.sources.mediflow.format=mediflw"], "did you mean mediflow?"),
+    ([*SFT, "corpus.sources.mediflow.format=mediflow_dpo"], "must all yield the same kind"),
+    ([*SFT, "corpus.sources.mediflow.side=test"], "allowed: split, train, heldout"),
+    ([*SFT, "corpus.sources.mediflow.choose_by=quality"], "needs max_documents: how many"),
+    ([*SFT, "corpus.sources.mediflow.stratify_by=[task]"], "did you mean task_type?"),
+    ([*SFT, "corpus.sources.mediflow.stratify_by=[task_type]"], "needs max_documents"),
+    ([*LOCAL, "corpus.sources.mine.choose_by=quality"], "format=messages has no such columns"),
+    ([*LOCAL, "corpus.sources.mine.kind=text"], "kind=text has plain text only"),
+    # Keys of both stages.
+    ([*DPO, "stage.too_long=cut"], "stage.too_long=cut: allowed: drop, refuse"),
+    ([*SFT, "stage.too_long=refused"], "did you mean refuse?"),
+    ([*DPO, "stage.lora=16"], "stage.lora=16: must be a section"),
+    ([*DPO, "stage.lora.rnak=4"], "did you mean stage.lora.rank?"),
+    ([*SFT, "stage.lora.rank=0"], "stage.lora.rank=0: must be > 0"),
+    ([*SFT, "stage.lora.alpha=-1"], "stage.lora.alpha=-1: must be > 0"),
+    ([*DPO, "stage.lora.dropout=1"], "stage.lora.dropout=1: must be < 1"),
+    ([*DPO, "stage.lora.export=adapters"], "allowed: merged, adapter; did you mean adapter?"),
+    (
+        [*DPO, "stage.lora.target_modules=qkv_proj"],
+        "stage.lora.target_modules=qkv_proj: must be a list, or allowed: all-linear",
+    ),
+    ([*DPO, "stage.lora.target_modules=[1]"], "stage.lora.target_modules.0=1: must be text"),
+    ([*SFT, "stage.phase1.lr=1"], "did you mean stage.phase?"),
+    # Keys of SFT.
+    ([*SFT, "stage.train_on_prompt=2"], "must be true or false"),
+    ([*SFT, "stage.num_samples=-1"], "stage.num_samples=-1: must be >= 0"),
+    ([*SFT, "stage.exam.per_task=0"], "stage.exam.per_task=0: must be > 0"),
+    ([*SFT, "stage.exam.max_tokens=9"], "did you mean stage.exam.max_new_tokens?"),
+    ([*SFT, "stage.exam=3"], "stage.exam=3: must be a section"),
+    ([*SFT, "stage.beta=0.1"], "stage.beta=0.1: unknown key"),
+    # Keys of DPO.
+    ([*DPO, "+stage.betta=1"], "stage.betta=1: unknown key; did you mean stage.beta?"),
+    ([*DPO, "stage.beta=0"], "stage.beta=0: must be > 0"),
+    ([*DPO, "stage.beta=strong"], "stage.beta=strong: must be a number"),
+    ([*DPO, "stage.beta=0.1,0.2"], "several values need -m"),
+    ([*DPO, "stage.loss=sigmod"], "allowed: sigmoid, hinge, ipo, robust; did you mean sigmoid?"),
+    ([*DPO, "stage.loss=robust"], "stage.label_smoothing: loss=robust needs the share"),
+    ([*DPO, "stage.loss=ipo", "stage.label_smoothing=0.1"], "loss=ipo has none"),
+    ([*DPO, "stage.label_smoothing=0.5"], "stage.label_smoothing=0.5: must be < 0.5"),
+    ([*DPO, "stage.sft_weight=-1"], "stage.sft_weight=-1: must be >= 0"),
+    ([*DPO, "stage.reference=cache"], "allowed: cached, live, none; did you mean cached?"),
+    ([*DPO, "stage.reference=false"], "allowed: cached, live, none"),
+    ([*DPO, "stage.share_prompt=maybe"], "must be true or false"),
+    ([*DPO, "stage.exam.per_task=2"], "unknown key"),
+]
+
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"), ONE_PROBLEM, ids=lambda case: str(case)[:60] or "none"
+    ("overrides", "expected"),
+    [*ONE_PROBLEM, *CHAT_PROBLEM],
+    ids=lambda case: str(case)[:60] or "none",
 )
 def test_a_mutated_config_is_told_in_one_line(overrides: list[str], expected: str) -> None:
     lines = report(*overrides)
@@ -148,8 +211,9 @@ def test_a_mutated_config_is_told_in_one_line(overrides: list[str], expected: st
         assert "canary" not in text
 
 
-def test_the_table_has_at_least_sixty_mutations() -> None:
+def test_the_tables_have_at_least_sixty_and_forty_mutations() -> None:
     assert len({tuple(overrides) for overrides, _ in ONE_PROBLEM}) >= 60
+    assert len({tuple(overrides) for overrides, _ in CHAT_PROBLEM}) >= 40
 
 
 def test_an_untouched_config_has_no_problem() -> None:
@@ -173,6 +237,20 @@ def test_an_untouched_config_has_no_problem() -> None:
 )
 def test_every_schema_key_can_be_given_plainly(override: str) -> None:
     assert report(override) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*SFT, "stage.lora.rank=4", "stage.lora.target_modules=[qkv_proj]"],
+        [*SFT, "stage.exam=null", "stage.num_samples=0", "stage.train_on_prompt=true"],
+        [*DPO, "stage.loss=robust", "stage.label_smoothing=0.1", "stage.reference=none"],
+        [*DPO, "stage.lora={rank: 8, export: adapter}", "stage.share_prompt=false"],
+        LOCAL,
+    ],
+)
+def test_every_key_of_a_chat_stage_can_be_given_plainly(overrides: list[str]) -> None:
+    assert report(*overrides) == []
 
 
 def test_all_problems_come_in_one_report() -> None:

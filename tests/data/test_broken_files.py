@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pytest
@@ -120,26 +120,173 @@ FAULTS = {
 }
 
 
-def read(path: Path | str, kind: str, bad_rows: BadRows | None = None) -> list[str]:
-    source = FileSource(kind=kind, path=str(path), licence=LICENCE)  # type: ignore[arg-type]
+def read(
+    path: Path | str, kind: str, bad_rows: BadRows | None = None, *, layout: str = "text"
+) -> list[str]:
+    options: dict[str, Any] = {"kind": kind, "format": layout}
+    source = FileSource(path=str(path), licence=LICENCE, **options)
     found = sources.read(source, name="s", bad_rows=bad_rows or BadRows())
-    return [document.text for document in found]
+    return [record.text for record in found]
 
 
-def message_of(path: Path | str, kind: str) -> str:
+def message_of(path: Path | str, kind: str, *, layout: str = "text") -> str:
     with pytest.raises(DataError) as caught:
-        read(path, kind)
+        read(path, kind, layout=layout)
     message = str(caught.value)
     assert message.isprintable()
     assert SECRET not in message
     return message
 
 
+Row = dict[str, Any]
+
+MESSAGES: Row = {
+    "messages": [
+        {"role": "user", "content": f"{SECRET}, how are you?"},
+        {"role": "assistant", "content": "Well."},
+    ]
+}
+PAIR: Row = {"prompt": SECRET, "chosen": " is well", "rejected": " is ill"}
+FLOW: Row = {"instruction": "Summarise.", "input": f"{SECRET} has a cough.", "output": "A cough."}
+FLOW_DPO: Row = {**FLOW, "rejected_output": "A cold."}
+
+
+def jsonl(*rows: Row | bytes) -> bytes:
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    return b"".join(line + b"\n" for line in lines)
+
+
+def parquet_of(*rows: Row) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pq.write_table(pyarrow.Table.from_pylist(list(rows)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def without(row: Row, name: str) -> Row:
+    return {key: value for key, value in row.items() if key != name}
+
+
+CHAT_JSON = jsonl(MESSAGES, MESSAGES)
+CHAT_GZIP = gzip.compress(CHAT_JSON, mtime=0)
+ASK = MESSAGES["messages"][:1]
+TURN = '{"role": "user", "content": "%s"}'
+CHAT_FAULTS: dict[str, tuple[str, Fault]] = {
+    "torn": ("messages", Fault("a.jsonl", CHAT_JSON[:-9], 2, "the file ends inside this line")),
+    "empty": ("messages", Fault("a.jsonl", b"", 1, "the file is empty")),
+    "array": ("messages", Fault("a.jsonl", jsonl(MESSAGES, b"[" + TURN.encode() + b"]"), 2, "obj")),
+    "gzip_torn": ("messages", Fault("a.jsonl.gz", CHAT_GZIP[:-9], None, "damaged or cut short")),
+    "no_messages": (
+        "messages",
+        Fault("a.jsonl", jsonl(MESSAGES, FLOW), 2, "'messages' is missing"),
+    ),
+    "no_answer": (
+        "messages",
+        Fault(
+            "a.jsonl", jsonl(MESSAGES, {"messages": ASK}), 2, "must end with a message of the as"
+        ),
+    ),
+    "text_of_messages": (
+        "messages",
+        Fault("a.jsonl", jsonl({"messages": json.dumps(ASK)}), 1, "is str, expected a list"),
+    ),
+    "nul_in_turn": (
+        "messages",
+        Fault("a.jsonl", CHAT_JSON.replace(b"Well.", b"W\\u0000"), 1, "NUL character"),
+    ),
+    "half_surrogate": (
+        "messages",
+        Fault("a.jsonl", CHAT_JSON.replace(b"Well.", b"\\ud800"), 1, "surrogate"),
+    ),
+    "doubled_key": (
+        "messages",
+        Fault("a.jsonl", CHAT_JSON.replace(b'"role"', b'"role": "user", "role"'), 1, "twice"),
+    ),
+    "equal_answers": (
+        "preference",
+        Fault("a.jsonl", jsonl(PAIR, PAIR | {"rejected": PAIR["chosen"]}), 2, "are the same"),
+    ),
+    "null_answer": (
+        "preference",
+        Fault("a.jsonl", jsonl(PAIR, PAIR | {"chosen": None}), 2, "'chosen' is null"),
+    ),
+    "no_rejected": (
+        "preference",
+        Fault("a.jsonl", jsonl(without(PAIR, "rejected")), 1, "'rejected' is missing"),
+    ),
+    "prompt_alone": (
+        "prompt_completion",
+        Fault("a.jsonl", jsonl({"prompt": SECRET}), 1, "'completion' is missing"),
+    ),
+    "no_output": (
+        "mediflow",
+        Fault("a.jsonl", jsonl(FLOW, without(FLOW, "output")), 2, "'output' is missing"),
+    ),
+    "quality_in_words": (
+        "mediflow",
+        Fault("a.jsonl", jsonl(FLOW | {"quality": "good"}), 1, "'quality' is str, expected a num"),
+    ),
+    "equal_outputs": (
+        "mediflow_dpo",
+        Fault("a.jsonl", jsonl(FLOW_DPO | {"rejected_output": "A cough. "}), 1, "are the same"),
+    ),
+    "not_judged_worse": (
+        "mediflow_dpo",
+        Fault("a.jsonl", jsonl(FLOW_DPO, FLOW), 2, "'rejected_output' is missing"),
+    ),
+    "parquet_no_output": (
+        "mediflow",
+        Fault("a.parquet", parquet_of(without(FLOW, "output")), 1, "'output'", "parquet"),
+    ),
+    "parquet_no_rejected": (
+        "preference",
+        Fault("a.parquet", parquet_of(without(PAIR, "rejected")), 1, "'rejected'", "parquet"),
+    ),
+    "parquet_messages_text": (
+        "messages",
+        Fault("a.parquet", parquet_of({"messages": SECRET}), 1, "messages", "parquet"),
+    ),
+    "parquet_numbers": (
+        "prompt_completion",
+        Fault("a.parquet", parquet_of({"prompt": 1, "completion": 2}), 1, "prompt", "parquet"),
+    ),
+    "parquet_no_answer": (
+        "messages",
+        Fault("a.parquet", parquet_of(MESSAGES, {"messages": ASK}), 2, "must end with", "parquet"),
+    ),
+    "parquet_equal": (
+        "mediflow_dpo",
+        Fault(
+            "a.parquet",
+            parquet_of(FLOW_DPO, FLOW_DPO | {"rejected_output": "A cough."}),
+            2,
+            "are the same",
+            "parquet",
+        ),
+    ),
+    "parquet_torn": (
+        "preference",
+        Fault("a.parquet", parquet_of(PAIR)[:-30], 1, "not Parquet", "parquet"),
+    ),
+}
+"""Format of the rows, and the broken file."""
+
+
+@pytest.mark.parametrize(("layout", "fault"), CHAT_FAULTS.values(), ids=CHAT_FAULTS.keys())
+def test_a_broken_file_of_conversations_or_pairs_gives_one_line(
+    layout: str, fault: Fault, tmp_path: Path
+) -> None:
+    check_fault(fault, tmp_path, layout=layout)
+
+
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_broken_file_gives_one_line_with_file_and_line(fault: Fault, tmp_path: Path) -> None:
-    path = tmp_path / fault.name
+    check_fault(fault, tmp_path, layout="text")
+
+
+def check_fault(fault: Fault, folder: Path, *, layout: str) -> None:
+    path = folder / fault.name
     path.write_bytes(fault.data)
-    message = message_of(path, fault.kind)
+    message = message_of(path, fault.kind, layout=layout)
     place, _, reason = message.removeprefix(f"{path}:").partition(": ")
     assert message.startswith(f"{path}:")
     assert place.isdigit()

@@ -1,8 +1,9 @@
-"""One token cache, one small model and one finished run for all end-to-end tests."""
+"""One token cache, one small model and one finished run a stage for all end-to-end tests."""
 
 from pathlib import Path
 
 import pytest
+from end_to_end.tiny_chat import ChatRun, dpo, sft, write_chats
 from end_to_end.tiny_run import PIT, Ended, Place, write_codes, write_model
 
 
@@ -12,6 +13,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("shared")
     write_codes(folder / "assets" / "codes")
     write_model(folder / "assets" / "model")
+    write_chats(folder / "assets")
     return Place(folder, folder / "cache", folder / "assets")
 
 
@@ -21,6 +23,30 @@ def finished(shared: Place) -> tuple[Path, Ended]:
     ended = shared.program(*PIT).wait()
     assert ended.code == 0, ended
     return shared.run_dir(), ended
+
+
+@pytest.fixture(scope="session")
+def sft_run(shared: Place) -> ChatRun:
+    """An undisturbed run of SFT."""
+    return _finished(shared, sft(shared.assets), "sft")
+
+
+@pytest.fixture(scope="session")
+def dpo_run(shared: Place, sft_run: ChatRun) -> ChatRun:
+    """An undisturbed run of DPO from the model of `sft_run`."""
+    return _finished(shared, dpo(shared.assets, sft_run.run_dir), "dpo")
+
+
+def _finished(place: Place, command: list[str], stage: str) -> ChatRun:
+    ended = place.run(*command)
+    assert ended.code == 0, ended
+    return ChatRun(command, place.run_dir(stage), ended)
+
+
+@pytest.fixture
+def near(tmp_path: Path, shared: Place) -> Place:
+    """An empty place with the shared cache, filled by whatever ran before."""
+    return Place(tmp_path, shared.cache, shared.assets)
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from end_to_end.tiny_run import Child, checkpoints, curve, wait_for, weights
+from end_to_end.tiny_run import Child, Place, checkpoints, curve, wait_for, weights
 
 MOMENTS = ("any", "steps", "save", "between phases", "export", "publish")
+DPO_MOMENTS = (*MOMENTS, "references")
 
 
 class Kill(NamedTuple):
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
 
 def killed_run(
     start: Callable[[], Child],
-    run_dir: Path,
+    place: Place,
     *,
     reference: Path,
     kills: int,
@@ -41,7 +42,7 @@ def killed_run(
     """Start and kill a run `kills` times or until it is done, then let it finish.
 
     Args:
-        start: starts the command that writes to `run_dir`.
+        start: starts the command in `place`.
         reference: run directory of the same command, undisturbed.
         rng: draws moments.
         seconds: how long the command takes, start-up included.
@@ -49,14 +50,19 @@ def killed_run(
     Raises:
         AssertionError: an attempt ended in an error.
     """
+    stage, run_dir = reference.parent.name, place.runs / reference.parent.name / reference.name
     died: list[Kill] = []
     attempts = 0
     while len(died) < kills and not (run_dir / "manifest.json").exists():
-        aim = rng.choice(MOMENTS)
+        aim = rng.choice(DPO_MOMENTS if stage == "dpo" else MOMENTS)
+        if aim == "references":
+            is_time = _in_reference_pass(place.cache / "references")
+        else:
+            is_time = _moment(aim, run_dir, rng, seconds)
         child = start()
         attempts += 1
         assert attempts < 10 * kills, "runs end without a manifest"
-        hit = wait_for(_moment(aim, run_dir, rng, seconds), child, seconds=3 * seconds + 60)
+        hit = wait_for(is_time, child, seconds=3 * seconds + 60)
         time.sleep(rng.random() * 0.01)
         ended = child.kill()
         if ended.code == -9:
@@ -91,6 +97,11 @@ def _moment(aim: str, run_dir: Path, rng: random.Random, seconds: float) -> Call
     }
     skip = rng.randint(0, 3) if aim == "save" else 0
     return _seen(run_dir, names[aim], skip)
+
+
+def _in_reference_pass(folder: Path) -> Callable[[], bool]:
+    """True while the pass is made, and at once where its numbers are there already."""
+    return lambda: any(folder.glob("*.bin")) or any(folder.glob("*.making"))
 
 
 def _seen(run_dir: Path, pattern: str, skip: int) -> Callable[[], bool]:

@@ -17,6 +17,7 @@ from end_to_end.tiny_run import (
     wait_for,
     weights,
 )
+from safetensors.torch import load_file
 
 TWO = ["hardware.devices=2", "hardware.accelerator=cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -87,3 +88,26 @@ def test_a_signal_before_the_training_loop_is_one_line_at_once(place: Place) -> 
     assert ended.code == 130, ended
     (said,) = ended.err.splitlines()
     assert "SIGINT" in said
+
+
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
+def test_two_processes_train_what_one_trains(
+    stage: str, alone: Place, request: pytest.FixtureRequest
+) -> None:
+    """In float32, without noise; DPO's reference pass is shared out, too."""
+    command = [*request.getfixturevalue(f"{stage}_run").command, "hardware.precision=32-true"]
+    command += ["stage.neftune_alpha=0", "hardware.micro_batch=1"]
+    two = Place(alone.folder / "two", alone.folder / "two" / "cache", alone.assets)
+    for place, devices in ((alone, 1), (two, 2)):
+        ended = place.program(*command, f"hardware.devices={devices}").wait()
+        assert ended.code == 0, ended
+        assert ended.out.count("sha256") == 1
+        assert ended.out.count(" pairs in ") == (stage == "dpo")
+    first, second = (
+        load_file(place.run_dir(stage) / "model" / "model.safetensors") for place in (alone, two)
+    )
+    start = request.getfixturevalue("sft_run").run_dir / "model" / "model.safetensors"
+    moved = max(float((first[n] - t).abs().max()) for n, t in load_file(start).items())
+    for name, tensor in first.items():
+        difference = float((second[name] - tensor).abs().max())
+        assert difference < 1e-3 * moved, (name, difference, moved)

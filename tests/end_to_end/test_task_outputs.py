@@ -112,7 +112,7 @@ def test_strict_refuses_a_bad_task_output_and_begins_no_run(alone: Place) -> Non
 
 
 def test_a_warm_up_that_would_never_end_is_refused_and_begins_no_run(
-    place: Place, trained: tuple[Place, Path, Ended]
+    place: Place,
 ) -> None:
     """The steps of an epoch are known only after the data were read."""
     command = [a for a in PIT if "max_steps" not in a and "warmup" not in a]

@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "train.py"
 TINY = ROOT / "assets" / "models" / "tiny"
 ICD = ROOT / "assets" / "corpora" / "icd10cm_2021"
-PRELOAD = ["mediphi.training", "mediphi.tracking.tensorboard_log"]
+PRELOAD = [
+    "mediphi.training",
+    "mediphi.tracking.tensorboard_log",
+    "matplotlib.backends.backend_svg",
+]
+PRELOAD += ["transformers.models.phi3.modeling_phi3", "deepspeed"]  # looked for when saving
 PYTHON = [sys.executable]
 STEPS = 24
 """Optimizer steps of each phase."""

@@ -171,6 +171,7 @@ def remove_checkpoints(folder: Path) -> None:
     (folder / POINTER).unlink(missing_ok=True)
     for checkpoint in checkpoints_in(folder):
         SafeCheckpointIO().remove_checkpoint(checkpoint)
+    remove_staging(folder)
 
 
 def remove_staging(folder: Path) -> None:

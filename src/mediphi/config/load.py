@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from mediphi.config.report import broken, dotted, line, render
+from mediphi.config.report import broken, dotted, line, render_all
 from mediphi.config.schema import Config
 from mediphi.config.strict import BROKEN_RULES, Strict
 from mediphi.errors import ConfigError
@@ -53,7 +53,7 @@ def check(cfg: DictConfig) -> tuple[Config | None, list[str]]:
         keys = [dotted(item["loc"], plain) for item in items]
         # A key that could not be read is missing now; it has had its line.
         told = [i for i, key in zip(items, keys, strict=True) if key not in unresolved]
-        lines += [render(item, plain, known) for item in told]
+        lines += render_all(told, plain, known)
         salvage = _Salvage(plain, bad={*unresolved, *keys})
         salvage.section(Config, plain)
         return None, lines + salvage.lines
@@ -83,8 +83,8 @@ class _Salvage:
             if name in data and name not in bad
         }
         found = model.model_construct(**values)
-        for name in bad & found.__dict__.keys():  # a default is not what the user meant
-            del found.__dict__[name]
+        for name in bad & vars(found).keys():  # a default is not what the user meant
+            object.__delattr__(found, name)
         with suppress(AttributeError):  # a rule about a bad key says nothing
             for rule in found.broken_rules():
                 self.lines.append(broken(prefix + rule.key, rule.allowed, self._plain))

@@ -85,6 +85,19 @@ def render(error: Mapping[str, Any], plain: object, known: Sequence[str]) -> str
     return line(key, value, _wants(kind, value, ctx) or error["msg"])
 
 
+def render_all(
+    errors: Iterable[Mapping[str, Any]], plain: object, known: Sequence[str]
+) -> list[str]:
+    """A line for every key; of a union each member says what it wants."""
+    lines: dict[str, str] = {}
+    for error in errors:
+        key, text = dotted(error["loc"], plain), render(error, plain, known)
+        head = line(key, error["input"], "")
+        is_member = key in lines and text.startswith(head) and lines[key].startswith(head)
+        lines[key] = f"{lines[key]}, or {text[len(head) :]}" if is_member else text
+    return list(lines.values())
+
+
 def dotted(loc: Sequence[str | int], plain: object) -> str:
     """`loc` as the dotted key a user would write, without the tags of unions."""
     parts: list[str] = []
@@ -92,6 +105,8 @@ def dotted(loc: Sequence[str | int], plain: object) -> str:
     for part in loc:
         if isinstance(node, dict) and part not in node and node.get("kind") == part:
             continue
+        if isinstance(part, str) and not isinstance(node, dict) and node is not None:
+            continue  # a member of a union of plain values
         if part == "[key]":
             break
         parts.append(str(part))

@@ -99,8 +99,6 @@ class TrainingStage(Strict):
     """Packed rows per optimizer step, over all devices."""
     max_length: Annotated[int, Field(ge=16)]
     """Tokens of a packed row."""
-    neftune_alpha: NonNegativeFloat = 0.0
-    """Strength of NEFTune's embedding noise; 0: off."""
     optimizer: Optimizer = Optimizer()
     eval_every_steps: PositiveInt = 100
     """Optimizer steps between held-out evaluations."""
@@ -111,6 +109,8 @@ class TrainingStage(Strict):
 class TextStage(TrainingStage):
     """What PIT and DAPT share."""
 
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Strength of NEFTune's embedding noise; 0: off."""
     quiz: Quiz | None = None
     """null: no quiz."""
 
@@ -152,6 +152,8 @@ class SftStage(ChatStage):
     reads: ClassVar[RecordKind] = "conversation"
 
     kind: Literal["sft"]
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Strength of NEFTune's embedding noise; 0: off."""
     train_on_prompt: bool = False
     """Learn the prompts' tokens too."""
     exam: TaskExam | None = TaskExam()
@@ -329,13 +331,6 @@ class Config(Strict):
     """Validate, prepare the data, print the plan, stop."""
 
     def broken_rules(self) -> Iterator[BrokenRule]:
-        if self.corpus.record_kind != self.stage.reads:
-            yield BrokenRule(
-                "corpus",
-                f"stage={self.stage.kind} reads {READS[self.stage.reads]}, the corpus "
-                f"{self.corpus.name!r} yields {READS[self.corpus.record_kind]}; "
-                f"take corpus={EXAMPLES[self.stage.reads]}, or set the sources' format",
-            )
         rows, batch = self.rows_per_pass, self.stage.global_batch
         if batch % rows:
             lower, upper = batch // rows * rows, (batch // rows + 1) * rows
@@ -343,6 +338,13 @@ class Config(Strict):
                 "stage.global_batch",
                 f"must be a multiple of hardware.micro_batch x devices x num_nodes = {rows}; "
                 f"nearest: {f'{lower} or ' if lower else ''}{upper}",
+            )
+        if self.corpus.record_kind != self.stage.reads:
+            yield BrokenRule(
+                "corpus",
+                f"stage={self.stage.kind} reads {READS[self.stage.reads]}, the corpus "
+                f"{self.corpus.name!r} yields {READS[self.corpus.record_kind]}; "
+                f"take corpus={EXAMPLES[self.stage.reads]}, or set the sources' format",
             )
 
     @property

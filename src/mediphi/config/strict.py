@@ -25,7 +25,7 @@ class BrokenRule(NamedTuple):
 class Strict(BaseModel):
     """Unknown keys are errors, values never change after loading, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     def broken_rules(self) -> Iterator[BrokenRule]:
         """Rules between this section's keys; a section overrides it to add its own."""

@@ -130,7 +130,7 @@ class ChatRenderer:
         answers = [turn.text for turn in turns if turn.role == "assistant"]
         learnt = [piece for piece in pieces if piece.kind in ("answer", "chosen", "rejected")]
         for answer, piece in zip(answers[-len(learnt) :], learnt, strict=True):
-            decoded = self._tokenizer.decode(self.ids([piece])[:-1])
+            decoded = str(self._tokenizer.decode(self.ids([piece])[:-1]))
             if decoded.strip() != neutralise(answer).replace("▁", " ").strip():
                 raise DataError(f"{name}: the tokens of its answer do not decode to its answer")
 

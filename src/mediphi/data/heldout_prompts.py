@@ -59,7 +59,7 @@ def heldout_prompts(
             source=store.sources[found.source[place]],
             task_type=store.manifest.labels["task_type"][task],
             prompt_ids=ids[:-answer],
-            reference=tokenizer.decode(ids[-answer:], skip_special_tokens=True).strip(),
+            reference=str(tokenizer.decode(ids[-answer:], skip_special_tokens=True)).strip(),
         )
         by_task[task].append(prompt)
     groups = sorted(by_task.values(), key=lambda prompts: prompts[0].task_type)

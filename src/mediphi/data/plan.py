@@ -5,10 +5,10 @@ depends on `global_batch` alone; micro-batch and ranks only share it out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,8 @@ class Sequences(NamedTuple):
     parts: Ints
 
     def take(self, chosen: Ints | NDArray[np.bool_]) -> "Sequences":
-        return Sequences(*(field[chosen] if len(field) else field for field in self))
+        columns: list[Any] = [field[chosen] if len(field) else field for field in self]
+        return Sequences(*columns)
 
 
 class Chunks(NamedTuple):
@@ -306,6 +307,13 @@ class TrainingPlan:
             targets = self.sequences.num_targets[self._sequence]
             self._target_ends = np.concatenate([[0], np.cumsum(targets)])[self._row_ends]
         self._document_ends = np.concatenate([[0], np.cumsum(self._start == 0)])[self._row_ends]
+
+
+def once_through(store: TokenStore, settings: PlanSettings) -> TrainingPlan:
+    """Every sequence of a store once, in rows and layout of `settings`, whatever training takes."""
+    rows = settings.micro_batch * settings.world_size
+    once = replace(settings, global_batch=rows, epochs=1, seed=0, weights={})
+    return TrainingPlan(store, replace(once, max_rows=None, max_steps=None))
 
 
 def _fitting(store: TokenStore, settings: PlanSettings) -> tuple[Sequences, Ints]:

@@ -7,6 +7,7 @@ any code that they name.
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from mediphi.errors import ConfigError
@@ -22,21 +23,49 @@ FIXED = {
     "job_logging": NO_LOG,
     "sweeper._target_": "hydra_plugins.mediphi_sweeper.ProcessSweeper",
 }
+RUN = "hydra.mode=RUN"
 HINT = "fixed here; of hydra's settings sweeper.params, sweeper.jobs and mode are yours"
 
 
 class CheckedLoader(ConfigLoaderImpl):
-    """Hydra's composition behind a look at the `hydra` section, wherever that came from."""
+    """Hydra's composition behind a look at the `hydra` section, wherever that came from.
 
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+    Hydra composes twice: first only to read `hydra.mode`, as if for a sweep. Here the first one is
+    composed for a run, and kept for the second, which asks for the same and `hydra.mode=RUN`.
+    """
+
+    _kept: tuple[str | None, list[str], DictConfig] | None = None
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
         """Compose.
 
         Raises:
             ConfigError: with a line for every fixed setting that was changed.
         """
-        cfg = super().load_configuration(*args, **kwargs)
+        kept, self._kept = self._kept, None
+        if kept and kept[:2] == (config_name, overrides[:-1]) and overrides[-1:] == [RUN]:
+            kept[2].hydra.mode = RunMode.RUN
+            kept[2].hydra.overrides.hydra.append(RUN)
+            return kept[2]
+        looks_for_mode = run_mode == RunMode.MULTIRUN and not validate_sweep_overrides
+        cfg = super().load_configuration(
+            config_name,
+            overrides,
+            run_mode=RunMode.RUN if looks_for_mode else run_mode,
+            from_shell=from_shell,
+            validate_sweep_overrides=validate_sweep_overrides or looks_for_mode,
+        )
         if lines := _changed(cfg):
             raise ConfigError(lines)
+        if looks_for_mode:
+            self._kept = (config_name, [*overrides], cfg)
         return cfg
 
 

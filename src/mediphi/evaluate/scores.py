@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 CONFIDENCE = 0.95
+Unit = Literal["%", "nats/token"]
+"""What scores are: shares, shown as per cent, or losses."""
+
 OVERALL = "all"
 """Name of the row that holds the items of all groups."""
 
@@ -152,22 +155,25 @@ def exam_table(
     gains: Mapping[str, Difference],
     *,
     noun: str = "questions",
+    unit: Unit = "%",
 ) -> list[tuple[str, ...]]:
     """Rows of text, header first: a group by moment (`before`, `after phase1`, ...).
 
-    A cell reads `72.3 % [66.9, 77.1]`; what was not asked reads `-`. Then come the gain in points,
-    what guessing gives where that has a meaning, and the number of items, headed by `noun`.
+    A cell reads `72.3 % [66.9, 77.1]` (or `3.512 [3.401, 3.624]` of what is no share); what was not
+    asked reads `-`. Then come the gain in points, what guessing gives where that has a meaning, and
+    the number of items, headed by `noun`.
     """
+    show = _Show(unit)
     by_moment = {name: {one.group: one for one in own} for name, own in results.items()}
     asked = {one.group: one for own in results.values() for one in own}
     by_chance = any(one.chance is not None for one in asked.values())
-    header = ["score [95 % interval]", *by_moment]
-    header += ["gain in points, paired"] * bool(gains) + ["chance"] * by_chance + [noun]
+    header = [show.heading, *by_moment]
+    header += [show.gain_heading] * bool(gains) + ["chance"] * by_chance + [noun]
     rows = [tuple(header)]
     for group, one in asked.items():
-        row = [group, *(_cell(own.get(group)) for own in by_moment.values())]
-        row += [_gain(gains.get(group))] if gains else []
-        row += [_percent(one.chance)] if by_chance else []
+        row = [group, *(show.cell(own.get(group)) for own in by_moment.values())]
+        row += [show.gain(gains.get(group))] if gains else []
+        row += [show.number(one.chance)] if by_chance else []
         rows.append((*row, f"{one.num_items:,}"))
     return rows
 
@@ -203,17 +209,31 @@ def _result(group: str, items: Sequence[Scored], seed: int) -> GroupResult:
     return GroupResult(group, len(items), fmean(scores), *interval, chance)
 
 
-def _cell(result: GroupResult | None) -> str:
-    if result is None:
-        return "-"
-    return f"{_percent(result.score)} [{result.low * 100:.1f}, {result.high * 100:.1f}]"
+class _Show:
+    """How numbers of a unit are written."""
 
+    def __init__(self, unit: Unit) -> None:
+        self._factor, self._digits = (100, 1) if unit == "%" else (1, 3)
+        self._mark = " %" if unit == "%" else ""
+        self.heading = f"{'score' if unit == '%' else unit} [95 % interval]"
+        self.gain_heading = "gain in points, paired" if unit == "%" else "difference, paired"
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share * 100:.1f} %"
+    def number(self, value: float | None) -> str:
+        return "-" if value is None else self._plain(value) + self._mark
 
+    def cell(self, result: GroupResult | None) -> str:
+        if result is None:
+            return "-"
+        return f"{self.number(result.score)} {self._interval(result.low, result.high)}"
 
-def _gain(gain: Difference | None) -> str:
-    if gain is None:
-        return "-"
-    return f"{gain.mean * 100:+.1f} [{gain.low * 100:+.1f}, {gain.high * 100:+.1f}]"
+    def gain(self, gain: Difference | None) -> str:
+        if gain is None:
+            return "-"
+        signed = self._interval(gain.low, gain.high, sign="+")
+        return f"{self._plain(gain.mean, sign='+')} {signed}"
+
+    def _interval(self, low: float, high: float, *, sign: str = "") -> str:
+        return f"[{self._plain(low, sign=sign)}, {self._plain(high, sign=sign)}]"
+
+    def _plain(self, value: float, *, sign: str = "") -> str:
+        return f"{value * self._factor:{sign}.{self._digits}f}"

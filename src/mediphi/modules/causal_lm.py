@@ -1,7 +1,7 @@
 """What the LightningModules of all training stages share: wiring, no mathematics."""
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,13 +13,6 @@ from mediphi.backbone import BackboneSpec, build_model, float32_buffers
 from mediphi.batches import Batch
 from mediphi.config.schema import Optimizer, Phase
 from mediphi.modules.schedules import lr_factor
-
-
-class HasMeans(Protocol):
-    """A meter."""
-
-    def means(self, split: str, strategy: Any = None) -> dict[str, float]: ...
-    def reset(self) -> None: ...
 
 
 class CausalLMModule(L.LightningModule):
@@ -39,8 +32,8 @@ class CausalLMModule(L.LightningModule):
         splits: divisor that the trainer applies: micro-batches per step times ranks.
     """
 
-    train_meter: HasMeans
-    heldout_meter: HasMeans
+    train_meter: Any  # a `Meter` of the subclass's choice
+    heldout_meter: Any
 
     def __init__(
         self,

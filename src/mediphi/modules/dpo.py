@@ -61,8 +61,9 @@ class DpoModule(CausalLMModule):
     ) -> None:
         super().__init__(**options)
         self.objective, self.live_reference = objective, live_reference
-        self.train_meter = PairMeter(group_names)
-        self.heldout_meter = PairMeter(group_names)
+        has_reference = objective.uses_reference
+        self.train_meter = PairMeter(group_names, has_reference=has_reference)
+        self.heldout_meter = PairMeter(group_names, has_reference=has_reference)
         # Not a submodule: neither trained nor saved.
         self._reference: tuple[Any, ...] = ()
 

@@ -112,6 +112,7 @@ class PairMeter(Meter):
 
     Args:
         group_names: `source`, `error` (type of the rejected answer) and `task`.
+        has_reference: without one there is no log-ratio to tell.
     """
 
     ROWS = (
@@ -127,8 +128,9 @@ class PairMeter(Meter):
         "log_ratio",
     )
 
-    def __init__(self, group_names: GroupNames) -> None:
+    def __init__(self, group_names: GroupNames, *, has_reference: bool = True) -> None:
         super().__init__(group_names, rows=self.ROWS)
+        self.has_reference = has_reference
 
     @torch.no_grad()
     def update(
@@ -179,8 +181,9 @@ class PairMeter(Meter):
             f"{split}/logps/rejected": sums["rejected_logp"] / pairs,
             f"{split}/logps_per_token/chosen": sums["chosen_logp"] / sums["chosen_tokens"],
             f"{split}/logps_per_token/rejected": sums["rejected_logp"] / sums["rejected_tokens"],
-            f"{split}/kl": sums["log_ratio"] / tokens,
         }
+        if self.has_reference:
+            metrics[f"{split}/kl"] = sums["log_ratio"] / tokens
         for grouping in ("error", "task"):
             if self.is_named(grouping):
                 for name, own in groups[grouping].items():
