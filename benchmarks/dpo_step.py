@@ -17,10 +17,10 @@ The reference model's log-probabilities cost a pass before training, once (ours 
 every later run). The ratios are of training; `with_reference_wall_ratio` has that pass in both
 sides. The peer that asks its reference beside every step pays for it in training.
 
-Of TRL's settings, `padding_free` does nothing in 1.16 (it warns and pads). Larger batches than 8
-pairs only pad more. Its memory-saving recomputation of activations is off, for it costs time. On a
-CPU its head multiplies all positions, on a GPU those of the answers: one peer is patched to do so
-here too. FLOPs as in `train_step.py`. Needs the `benchmarks` extra.
+Of TRL's settings, `padding_free` does nothing in 1.16 (it warns and pads). 8 pairs a forward pass
+is its default; larger batches pad more. Its recomputation of activations is off, for it costs time.
+On a CPU its head multiplies all positions, on a GPU those of the answers: one peer is patched to do
+so here too. FLOPs as in `train_step.py`. Needs the `benchmarks` extra.
 """
 
 import random

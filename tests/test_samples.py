@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Callback
 from small_models import write_small_folder
-from small_runs import set_up
+from small_runs import set_up, set_up_bundled
 from small_training import CPU, differs, fit
 
 from mediphi import phases
@@ -17,6 +17,7 @@ from mediphi.data.heldout_prompts import HeldoutPrompt, heldout_prompts
 from mediphi.generation import answer
 from mediphi.phases import Training
 from mediphi.samples import GreedySamples
+from scripts.build_mediflow.families.consumer_questions import SHORT_QUESTION
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,21 @@ def test_only_sources_without_health_information_are_shown(folder: Path, tmp_pat
     assert samples.path == open_run.folder / "samples.jsonl"
     closed = "corpus.sources.mediflow_heldout.licence.contains_phi=true"
     assert phases._samples(set_up(tmp_path, "sft", closed, model=folder)) == []
+
+
+def test_samples_of_the_bundled_corpus_never_show_a_real_question(folder: Path, tmp_path: Path):
+    """Of as many prompts as there are; the training side is cut, it is not shown."""
+    few = [f"corpus.sources.{name}.max_documents=20" for name in ("mediflow", "questions")]
+    run = set_up_bundled(tmp_path, "sft", *few, "stage.num_samples=2000", model=folder)
+    (samples,) = phases._samples(run)
+    shown = [run.tokenizer.decode(prompt.prompt_ids) for prompt in samples.prompts]  # type: ignore[attr-defined]
+    every = [run.tokenizer.decode(prompt.prompt_ids) for prompt in drawn(run, per_task=2000)]
+
+    def questions(prompts: list[str]) -> int:
+        return sum(asked in prompt for prompt in prompts for asked in SHORT_QUESTION.phrasings)
+
+    assert questions(every) > 30 and len(shown) > 500
+    assert questions(shown) == 0
 
 
 def test_of_two_sources_the_open_one_alone_is_shown(folder: Path, tmp_path: Path):

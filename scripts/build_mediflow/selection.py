@@ -20,7 +20,7 @@ MAX_TOKENS = 2000
 
 @dataclass
 class Selection:
-    """Rows of both files, and why the others are not among them.
+    """Rows of both splits, and why the others are not among them.
 
     Attributes:
         rows: kept candidates by split, ordered by hash.
@@ -103,16 +103,16 @@ class Filter:
 
 
 def check(result: Selection, tests: ForbiddenTexts) -> None:
-    """The files share no document and no input, and neither holds text of a test row.
+    """The splits share no document and no input, and neither holds text of a test row.
 
     Raises:
         DataError: one of these does not hold; nothing should be written.
     """
     train, heldout = result.rows["train"], result.rows["heldout"]
     if {row.document for row in train} & {row.document for row in heldout}:
-        raise DataError("mediflow: a document feeds both files; mend how its source is split")
+        raise DataError("mediflow: a document feeds both splits; mend how its source is split")
     if {normalise(row.input) for row in train} & {normalise(row.input) for row in heldout}:
-        raise DataError("mediflow: an input stands in both files; mend the filter")
+        raise DataError("mediflow: an input stands in both splits; mend the filter")
     for row in (*train, *heldout):
         if tests.equals(row.input) or tests.overlaps(f"{row.input}\n{row.output}"):
             raise DataError(f"mediflow: {row.task.name} holds text of a test row; mend the filter")

@@ -20,7 +20,7 @@ def by_source(selection: Selection) -> str:
     keys = counts["train"].keys() | counts["heldout"].keys()
     for task, source in sorted(keys, key=lambda key: (TASK_TYPES.index(key[0]), key[1])):
         train, heldout = counts["train"][task, source], counts["heldout"][task, source]
-        name, licence, _ = SOURCES[source]
+        name, licence = SOURCES[source][:2]
         lines.append(f"| {task} | {name} | {licence} | {train:,} | {heldout:,} |")
     return "\n".join(lines)
 

@@ -86,7 +86,7 @@ def estimate(folder: str, *, config: Config) -> Budget:
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     num_matmul = sum(m.weight.numel() for m in linear)
     trained = _num_trained(model, num_parameters, config)
-    state = num_parameters * 4 + trained * 8
+    state = trained * 12  # weights and AdamW's two moments
     keep = config.hardware.checkpoints.keep
     return Budget(
         model_config=model_config,

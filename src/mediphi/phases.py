@@ -23,7 +23,7 @@ from mediphi.checkpointing import (
     step_of,
 )
 from mediphi.config import config_hash
-from mediphi.config.schema import ChatStage, Config, Phase, SftStage
+from mediphi.config.schema import ChatStage, Config, DpoStage, Phase, SftStage
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.data.plan import PlanSettings
@@ -130,16 +130,20 @@ def _judge_too_long(stage: TrainingStage, data: PackedDataModule) -> None:
     """A conversation is never cut: what does not fit is left out and told, or stops the run."""
     if not isinstance(stage, ChatStage):
         return
-    plans = [plan for plan in (data.train_plan, data.heldout_plan) if plan is not None]
-    left_out = [plan.store.document_id(row) for plan in plans for row in plan.too_long.tolist()]
-    if not left_out:
+    plans = {"training": data.train_plan, "held-out": data.heldout_plan}
+    long = {side: plan for side, plan in plans.items() if plan is not None and len(plan.too_long)}
+    if not long:
         return
-    what = (
-        f"{len(left_out)} conversations are longer than stage.max_length={stage.max_length} "
-        f"tokens, the first is {left_out[0]}"
+    noun = "pairs" if isinstance(stage, DpoStage) else "conversations"
+    counts = (
+        f"{len(plan.too_long):,} of {len(plan.too_long) + len(plan.sequences.length):,} {side}"
+        for side, plan in long.items()
     )
+    what = f"{' and '.join(counts)} {noun} exceed stage.max_length={stage.max_length} tokens"
     if stage.too_long == "refuse":
-        raise UserError(f"{what}: raise it or set stage.too_long=drop")
+        plan = next(iter(long.values()))
+        first = plan.store.document_id(int(plan.too_long[0]))
+        raise UserError(f"{what}, the first is {first}: raise it or set stage.too_long=drop")
     if rank() == 0:
         print(f"left out    {what}")
 
@@ -203,7 +207,7 @@ def _callbacks(run: Training, plan: PhasePlan) -> list[L.Callback]:
     )
     progress = make_progress(plan.name, num_steps=steps.num_steps)
     guard = FiniteGuard(run.data.train.document_id)
-    return [guard, rows, *_samples(run), progress, StopOnSignal(saving), saving]
+    return [guard, *_samples(run), rows, progress, StopOnSignal(saving), saving]
 
 
 def _samples(run: Training) -> list[L.Callback]:
@@ -218,7 +222,7 @@ def _samples(run: Training) -> list[L.Callback]:
         max_prompt_tokens=stage.max_length,
         seed=run.config.seed,
     )
-    shown = [prompt for prompt in drawn if not sources[prompt.source].licence.contains_phi]
+    shown = [prompt for prompt in drawn if sources[prompt.source].licence.may_be_shown]
     tasks = {prompt.task_type: prompt for prompt in reversed(shown)}
     first_of_each = {prompt.id: prompt for prompt in (*tasks.values(), *shown)}
     prompts = [*first_of_each.values()][: stage.num_samples]

@@ -8,6 +8,7 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 from mediphi import engine, tracking
@@ -97,6 +98,8 @@ def _train(run: Training) -> RunResult:
     preflight_space(run.folder, run.budget.disk_bytes)
     if rank() == 0:
         print(f"run         {run.folder}  ({run.device.name}, {run.device.precision})")
+        if isinstance(config.stage, ChatStage) and not config.model.is_pretrained:
+            print("weights     random: give model.path=RUN_DIRECTORY to go on from a trained model")
         show_phases(run.phases)
     loggers = tracking.make_loggers(
         config.logger,
@@ -211,7 +214,7 @@ def _sit(
         if path.is_file():
             scores[number] = [Scored(**row) for row in json.loads(path.read_text())]
             continue
-        scores[number] = exam.sit(backbone)
+        scores[number] = _without_patient_ids(exam.sit(backbone), run.config)
         if exam.metric in EXAM_SLOTS:
             step = 0 if moment == BEFORE else plan.num_steps
             results = summarise(scores[number], overall=exam.overall, seed=run.config.seed)
@@ -221,3 +224,14 @@ def _sit(
         write_atomic(path, json.dumps([one._asdict() for one in scores[number]]) + "\n")
     engine.wait_for_all()
     return scores
+
+
+def _without_patient_ids(scored: list[Scored], config: Config) -> list[Scored]:
+    """A row's id may name a patient; where texts hold health information a hash stands for it."""
+    guarded = {n for n, source in config.corpus.sources.items() if not source.licence.may_be_shown}
+    return [
+        one._replace(id=sha256(one.id.encode()).hexdigest()[:16])
+        if one.id.partition("/")[0] in guarded
+        else one
+        for one in scored
+    ]

@@ -22,7 +22,9 @@ from mediphi.errors import DataError
 from mediphi.records import Conversation, Preference, Turn
 
 ASSETS = Path(__file__).parents[2] / "assets"
-SETS = ("mediflow/train", "mediflow/heldout", "mediflow_dpo/train", "mediflow_dpo/heldout")
+FILES = {"train": 2500, "heldout": 400, "questions_train": 200, "questions_heldout": 20}
+"""With the number of rows that are there at least."""
+SETS = {f"{folder}/{f}": n for folder in ("mediflow", "mediflow_dpo") for f, n in FILES.items()}
 TALK = (
     Turn("system", "You are  a nurse."),
     Turn("user", "Fever of 39 °C?\n\n  Since when"),
@@ -69,7 +71,7 @@ def test_every_bundled_row_is_what_the_chat_template_gives(
         else:
             renderer.prove(conversation(row), renderer.conversation(conversation(row)))
         count += 1
-    assert count >= 250
+    assert count >= SETS[name]
 
 
 def test_many_turns_blanks_bytes_and_forged_tokens(tokenizer: PreTrainedTokenizerFast):

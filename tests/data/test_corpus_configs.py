@@ -1,3 +1,5 @@
+import json
+import lzma
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +13,7 @@ from mediphi.data.bad_rows import BadRows
 from mediphi.data.corpora import SIDES, read_documents
 from mediphi.errors import UserError
 from mediphi.records import Conversation, Preference
+from scripts.build_mediflow.families.consumer_questions import SHORT_QUESTION
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "conf" / "corpus"
@@ -54,11 +57,30 @@ def test_every_source_states_its_licence_and_origin(corpora):
     for choice in corpora.values():
         for source in choice.sources.values():
             assert source.licence.id and source.licence.origin
-            assert not source.licence.contains_phi
             if "SA" in source.licence.id.split("-"):
                 assert source.licence.share_alike
             if "NC" in source.licence.id.split("-"):
                 assert not source.licence.commercial_ok
+
+
+def test_only_real_questions_and_own_data_may_hold_health_information(corpora):
+    closed = {
+        (choice, name)
+        for choice, found in corpora.items()
+        for name, source in found.sources.items()
+        if source.licence.contains_phi
+    }
+    names = ("questions", "questions_heldout")
+    assert closed == {(choice, name) for choice in CHAT for name in names}
+    assert corpus("corpus=local", "corpus.sources.mine.path=a").sources["mine"].licence.contains_phi
+
+
+@pytest.mark.parametrize("choice", CHAT)
+def test_a_row_is_of_meqsum_where_the_licence_says_health_information(corpora, choice):
+    for source in corpora[choice].sources.values():
+        with lzma.open(source.path, "rt", encoding="utf-8") as lines:
+            asked = {json.loads(line)["instruction"] in SHORT_QUESTION.phrasings for line in lines}
+        assert asked == {source.licence.contains_phi}
 
 
 def test_every_bundled_folder_exists_with_its_licence_and_is_used(corpora):

@@ -18,13 +18,22 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mediphi.errors import DataError, UserError
-from scripts.build_mediflow.families import abbreviations, codes, entities, scoring
+from scripts.build_mediflow.families import (
+    abbreviations,
+    codes,
+    consumer_questions,
+    entities,
+    scoring,
+)
 from scripts.build_mediflow.leakage import BLOCK, MIN_WHOLE, SPAN, ForbiddenTexts
 from scripts.build_mediflow.material import CORPORA, Material, mend
-from scripts.build_mediflow.selection import published, select
+from scripts.build_mediflow.selection import by_file, published, select
 
 Row = dict[str, Any]
-FILES = ("train", "heldout")
+SPLITS = ("train", "heldout")
+FILES = (*SPLITS, *(f"questions_{split}" for split in SPLITS))
+MASK = re.compile(r"\[(NAME|LOCATION|CONTACT|DATE|AGE|PHI|PROFESSION)\]|\b(SUBJECT|MESSAGE):")
+"""What MeQSum's publisher put into the questions."""
 COLUMNS = [
     "instruction",
     "input",
@@ -77,13 +86,17 @@ def unpacked(path: Path) -> str:
 
 
 @cache
-def rows(file: str) -> tuple[Row, ...]:
-    text = unpacked(CORPORA / "mediflow" / f"{file}.jsonl.xz")
+def rows_of(file: str, folder: str = "mediflow") -> tuple[Row, ...]:
+    text = unpacked(CORPORA / folder / f"{file}.jsonl.xz")
     return tuple(json.loads(line) for line in text.splitlines())
 
 
+def rows(split: str) -> tuple[Row, ...]:
+    return rows_of(split) + rows_of(f"questions_{split}")
+
+
 def both(task: str | None = None, **wanted: str) -> list[Row]:
-    found = [row for file in FILES for row in rows(file)]
+    found = [row for split in SPLITS for row in rows(split)]
     wanted |= {"task_type": task} if task else {}
     return [row for row in found if all(row[key] == value for key, value in wanted.items())]
 
@@ -115,7 +128,7 @@ def test_names_are_those_of_mediflow() -> None:
 
 
 def test_every_task_but_simplification_has_rows_to_train_and_to_hold_out() -> None:
-    train, heldout = (Counter(row["task_type"] for row in rows(file)) for file in FILES)
+    train, heldout = (Counter(row["task_type"] for row in rows(split)) for split in SPLITS)
     assert len(rows("train")) >= 3500
     assert set(train) == set(heldout) == TASKS - {"text simplification"}
     assert min(heldout.values()) >= 25
@@ -254,8 +267,8 @@ def test_a_sentence_with_another_abbreviation_or_meaning_is_not_used(sentence: s
     assert abbreviations.abbreviations_of(sentence) == {}
 
 
-def test_files_share_no_input_and_no_span() -> None:
-    train, heldout = ({words(row["input"]) for row in rows(file)} for file in FILES)
+def test_splits_share_no_input_and_no_span() -> None:
+    train, heldout = ({words(row["input"]) for row in rows(split)} for split in SPLITS)
     assert train.isdisjoint(heldout)
     forbidden = ForbiddenTexts(
         (row[part] for row in rows("heldout") for part in ("input", "output")), whole=False
@@ -280,7 +293,7 @@ def bundled_tests() -> dict[str, list[str]]:
     return found
 
 
-def test_no_text_of_a_test_split_stands_in_either_file() -> None:
+def test_no_text_of_a_test_split_stands_in_any_file() -> None:
     everything = "\n".join(words(f"{row['input']}\n{row['output']}") for row in both())
     tests = bundled_tests()
     assert {name: len(texts) for name, texts in tests.items()} == {
@@ -317,6 +330,40 @@ def test_a_span_is_found_exactly_when_it_is_long_enough(text: str, start: int, l
     assert ForbiddenTexts([source], whole=False).overlaps(given_text) == shared
 
 
+@pytest.mark.parametrize("folder", ["mediflow", "mediflow_dpo"])
+@pytest.mark.parametrize("file", FILES)
+def test_real_questions_stand_in_files_of_their_own(folder: str, file: str) -> None:
+    found = rows_of(file, folder)
+    phrasings = consumer_questions.SHORT_QUESTION.phrasings
+    is_question = {row["instruction"] in phrasings for row in found}
+    assert is_question == {file.startswith("questions")}
+    masked = sum(MASK.search(json.dumps(row)) is not None for row in found)
+    assert masked >= len(found) / 2 if file.startswith("questions") else masked == 0
+
+
+def test_no_other_row_repeats_a_question_or_its_summary() -> None:
+    """Also as the rejected side of a pair: those are taken from other rows."""
+    questions = [row for split in SPLITS for row in rows_of(f"questions_{split}")]
+    texts = {words(row[part]) for row in questions for part in ("input", "output")}
+    others = [row for split in SPLITS for row in rows_of(split)]
+    others += [row for split in SPLITS for row in rows_of(split, "mediflow_dpo")]
+    sides = {words(row[side] or "") for row in others for side in ("output", "rejected_output")}
+    assert sides.isdisjoint(texts)
+    spans = ForbiddenTexts(text for text in texts if len(text) >= MIN_WHOLE)
+    assert not any(spans.overlaps(side) for side in sides | {words(row["input"]) for row in others})
+
+
+def test_a_question_and_another_row_of_one_split_go_into_two_files() -> None:
+    task = consumer_questions.SHORT_QUESTION
+    candidates = [
+        task.candidate("q", "train", given="MESSAGE: is gout bad", wanted="Is gout bad?"),
+        entities.LINES.candidate("a", "train", given="Gout is common.", wanted="Gout"),
+    ]
+    selection = select(candidates, tests=ForbiddenTexts([]), tokenizer=tokenizer())
+    files = {name: [row.output for row in kept] for name, kept in by_file(selection).items()}
+    assert files == {"questions_train": ["Is gout bad?"], "train": ["Gout"]}
+
+
 def test_rebuilding_a_family_from_bundled_data_gives_the_committed_rows() -> None:
     material = Material()
     tests = ForbiddenTexts(material.bundled_test_texts())
@@ -334,13 +381,13 @@ def test_rebuilding_the_held_out_questions_about_codes_gives_the_committed_rows(
     assert [published(row) for row in quiz] == committed
 
 
-def test_a_document_in_both_files_is_refused() -> None:
+def test_a_document_in_both_splits_is_refused() -> None:
     task = entities.LINES
     candidates = [
         task.candidate("one abstract", "train", given="Gout is common.", wanted="Gout"),
         task.candidate("one abstract", "heldout", given="Asthma is too.", wanted="Asthma"),
     ]
-    with pytest.raises(DataError, match=r"a document feeds both files"):
+    with pytest.raises(DataError, match=r"a document feeds both splits"):
         select(candidates, tests=ForbiddenTexts([]), tokenizer=tokenizer())
 
 

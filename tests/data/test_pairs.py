@@ -156,7 +156,13 @@ def test_long_is_what_the_model_sees_of_a_pair(tmp_path: Path):
 
 
 def test_pairs_that_do_not_fit_are_named(store: TokenStore):
-    plan = TrainingPlan(store, settings("pairs", capacity=19))
-    assert plan.too_long.tolist() == [2, 4, 6]  # of 28, 26 and 20 tokens, their prompts twice
-    shared = TrainingPlan(store, settings("shared_pairs", capacity=19))
-    assert shared.too_long.tolist() == []
+    plan = TrainingPlan(store, settings("pairs", capacity=15))
+    assert plan.too_long.tolist() == [2, 4]  # of 16 and 17 tokens
+
+
+def test_both_layouts_train_on_the_same_pairs_in_the_same_steps(store: TokenStore):
+    first, second = (
+        [sorted(batch.document_index.tolist()) for batch in batches(store, layout, capacity=16)]
+        for layout in LAYOUTS
+    )
+    assert first == second and len(first) > 2

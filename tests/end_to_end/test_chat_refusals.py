@@ -9,7 +9,6 @@ import pytest
 from end_to_end.test_chat_runs import messages, preference
 from end_to_end.tiny_chat import (
     DPO_STAGE,
-    SFT_STAGE,
     SHORT,
     ChatRun,
     Row,
@@ -174,5 +173,5 @@ def test_a_bad_row_is_named_by_file_and_line(
 
 
 def test_nothing_that_fits_is_told_with_the_shortest(near: Place) -> None:
-    said = refused(near, *SFT_STAGE, *sft(near.assets)[-2:], "stage.max_length=16")
+    said = refused(near, *sft(near.assets), "stage.max_length=16")
     assert "no conversation fits into stage.max_length=16 tokens; the shortest has " in said

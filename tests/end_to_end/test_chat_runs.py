@@ -341,9 +341,11 @@ def test_what_does_not_fit_is_dropped_and_told_or_refused(
     command = sft(near.folder) if stage == "sft" else dpo(near.folder, sft_run.run_dir)
     refused = near.run(*command, "stage.too_long=refuse")
     assert refused.code == 2, refused
-    what = f"1 conversations are longer than stage.max_length=128 tokens, the first is {name}/"
-    assert what in one_line(refused) and "train:21" in one_line(refused)
+    noun = "conversations" if stage == "sft" else "pairs"
+    what = f"1 of 21 training {noun} exceed stage.max_length=128 tokens"
+    assert f"{what}, the first is {name}/" in one_line(refused)
+    assert "train:21" in one_line(refused)
     assert not near.runs.exists()
     ended = near.run(*command, *QUICK)
     assert ended.code == 0, ended
-    assert f"left out    {what}" in ended.out
+    assert f"left out    {what}\n" in ended.out

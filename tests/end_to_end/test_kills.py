@@ -117,7 +117,7 @@ def _die_before_the_rename() -> None:
         ("sft", _die_in_the_export),
         ("dpo", _die_before_the_rename),
         ("dpo", _die_in_the_reference_pass),
-        ("dpo", _die_before_the_references_are_kept),
+        pytest.param("dpo", _die_before_the_references_are_kept, marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_in_the_reference_pass_or_the_export_changes_nothing(

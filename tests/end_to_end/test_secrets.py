@@ -106,6 +106,7 @@ def test_no_conversation_leaves_through_a_run_but_open_samples(
     samples = {"samples.jsonl"} if stage == "sft" else set()
     assert holders(run_dir, [*SECRETS.values(), *TEXTS]) == samples
     assert holders(run_dir, TEXTS[:20]) == set()
+    assert holders(run_dir, IDS[:20]) == set()  # of the source with health information
     # Ids pair an exam's items before and after; they lie in its files and nowhere else.
     found = holders(run_dir, IDS)
     assert {Path(name).parts[0] for name in found} == {"exam"} | samples

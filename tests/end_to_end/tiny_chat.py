@@ -72,7 +72,8 @@ def write_chats(folder: Path) -> Path:
 def sources(name: str, folder: Path) -> list[str]:
     """Where the corpus `mediflow` or `mediflow_dpo` finds what `write_chats` wrote."""
     sides = {name: "train", f"{name}_heldout": "heldout"}
-    return [f"corpus.sources.{s}.path={folder / name / f'{f}.jsonl'}" for s, f in sides.items()]
+    paths = [f"corpus.sources.{s}.path={folder / name / f'{f}.jsonl'}" for s, f in sides.items()]
+    return ["~corpus.sources.questions", "~corpus.sources.questions_heldout", *paths]
 
 
 def sft(folder: Path) -> list[str]:

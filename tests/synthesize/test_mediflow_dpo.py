@@ -13,20 +13,23 @@ from scripts.build_mediflow_dpo import (
     NUM_ROWS,
     OUTPUT,
     best_rows,
+    by_file,
     num_pairs,
     pairs_of,
-    read_rows,
+    read_split,
 )
 
 
-def committed(split: str) -> list[dict[str, Any]]:
-    with lzma.open(OUTPUT / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
+def committed(name: str) -> list[dict[str, Any]]:
+    with lzma.open(OUTPUT / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, list[dict[str, Any]]]:
-    return {split: committed(split) for split in ("train", "heldout")}
+    return {
+        split: committed(split) + committed(f"questions_{split}") for split in ("train", "heldout")
+    }
 
 
 def test_the_committed_set_has_enough_pairs_of_every_error_type(
@@ -72,15 +75,15 @@ def test_neither_length_nor_a_phrase_gives_the_worse_side_away(
         assert used <= 0.02 * len(found)
 
 
-def test_the_committed_held_out_pairs_are_what_the_script_writes(
-    pairs: dict[str, list[dict[str, Any]]],
-) -> None:
-    assert pairs_of(read_rows("heldout"), NUM_ROWS["heldout"]) == pairs["heldout"]
+def test_the_committed_held_out_pairs_are_what_the_script_writes() -> None:
+    found = pairs_of(read_split("heldout"), NUM_ROWS["heldout"])
+    names = ("heldout", "questions_heldout")
+    assert by_file("heldout", found) == {name: committed(name) for name in names}
 
 
 def test_the_best_rows_have_the_most_pairs_in_the_papers_proportion() -> None:
     assert list(num_pairs(85)) == [3] * 20 + [2] * 25 + [1] * 40
-    rows = read_rows("heldout")
+    rows = read_split("heldout")
     chosen = best_rows(rows, 200)
     qualities = [row["quality"] for row in chosen]
     assert len(chosen) == 200

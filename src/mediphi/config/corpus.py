@@ -40,6 +40,11 @@ class Licence(Strict):
     share_alike: bool = False
     """What is derived must carry the same licence."""
 
+    @property
+    def may_be_shown(self) -> bool:
+        """Whether text may stand in files that people read."""
+        return not (self.contains_phi or self.dua)
+
 
 class SourceBase(Strict):
     """What every source has.
@@ -133,6 +138,8 @@ class RowSource(SourceBase):
 
     def broken_rules(self) -> Iterator[BrokenRule]:
         is_mediflow = self.format.startswith("mediflow")
+        if "error_type" in self.stratify_by and self.format == "mediflow":
+            yield BrokenRule("stratify_by", "format=mediflow has no error_type; mediflow_dpo has")
         for key, value in (("choose_by", self.choose_by), ("stratify_by", self.stratify_by)):
             if value not in ("hash", ()) and not is_mediflow:
                 yield BrokenRule(key, f"format={self.format} has no such columns; mediflow has")

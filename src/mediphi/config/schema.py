@@ -71,7 +71,9 @@ class Lora(Strict):
     """Scale: adapters count `alpha / rank`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On the adapters' input."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = (
+        "all-linear"
+    )
     """Names of the linear layers that get one; all-linear: all but the head."""
     export: Literal["merged", "adapter"] = "merged"
     """Publish a whole model with the adapters in its weights, or the adapters beside it too."""
@@ -341,7 +343,7 @@ class Config(Strict):
             )
         if self.corpus.record_kind != self.stage.reads:
             yield BrokenRule(
-                "corpus",
+                "corpus.name",
                 f"stage={self.stage.kind} reads {READS[self.stage.reads]}, the corpus "
                 f"{self.corpus.name!r} yields {READS[self.corpus.record_kind]}; "
                 f"take corpus={EXAMPLES[self.stage.reads]}, or set the sources' format",

@@ -149,13 +149,17 @@ class ChatRenderer:
     def _plain(self, prompt: str, answers: list[str]) -> tuple[Piece, list[tuple[int, ...]]]:
         """A prompt in plain text and its continuations, tokenised together.
 
-        Where a token spans the boundary it belongs to the answers, as it does in TRL.
+        Where a token spans the boundary it belongs to the answers, as it does in TRL. Where that
+        would leave nothing of the prompt, prompt and answers are tokenised apart.
         """
         texts = [prompt, *(prompt + answer for answer in answers)]
         rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         shared = 0
         while all(len(row) > shared and row[shared] == rows[0][shared] for row in rows):
             shared += 1
+        if not shared:
+            apart = self._tokenizer(answers, add_special_tokens=False)["input_ids"]
+            return Piece("user", "", tuple(rows[0]), ()), [tuple(row) for row in apart]
         context = Piece("user", "", tuple(rows[0][:shared]), ())
         return context, [tuple(row[shared:]) for row in rows[1:]]
 

@@ -23,8 +23,9 @@ Layout = Literal["text", "chat", "pairs", "shared_pairs"]
 
 `text`: every token but a chunk's first is a target; what is longer than a row is split.
 `chat`: tokens of `learnt` kinds are targets; conversations stay whole.
-`pairs`: prompt + chosen and prompt + rejected, two sequences side by side in one row.
 `shared_pairs`: prompt, chosen and rejected, the prompt once.
+`pairs`: prompt + chosen and prompt + rejected, two sequences side by side. The same pairs make up a
+row as with a shared prompt, so that both layouts train alike; such a row holds more tokens.
 What has to stay whole and does not fit into a row is left out and counted.
 """
 
@@ -77,7 +78,6 @@ class Sequences(NamedTuple):
         length: int64 `[sequences]`, tokens.
         document: int64 `[sequences]`, row in the store.
         source: uint8 `[sequences]`, index into the store's sources.
-        room: int64 `[sequences]`, tokens in a row: more than `length` where a prompt stands twice.
         reach: int64 `[sequences]`, positions that the model sees: less where answers share them.
         num_targets: int64 `[sequences]`, what the loss is divided by: targets, or 1 for a pair.
         parts: int64 `[sequences, 3]`, tokens of prompt, chosen and rejected; no rows without pairs.
@@ -87,7 +87,6 @@ class Sequences(NamedTuple):
     length: Ints
     document: Ints
     source: NDArray[np.uint8]
-    room: Ints
     reach: Ints
     num_targets: Ints
     parts: Ints
@@ -252,7 +251,7 @@ class TrainingPlan:
         rng = np.random.default_rng([self.settings.seed, epoch, 1])
         chosen = rng.permutation(self._choose(epoch))
         packing = pack(
-            self.sequences.room[chosen],
+            self.sequences.length[chosen],
             capacity=self.settings.capacity,
             long_above=self.settings.long_above,
             reach=self.sequences.reach[chosen],
@@ -321,11 +320,11 @@ def _fitting(store: TokenStore, settings: PlanSettings) -> tuple[Sequences, Ints
     found = find_sequences(store, settings)
     if settings.layout == "text":
         return found, found.document[:0]
-    fits = found.room <= settings.capacity
+    fits = found.length <= settings.capacity
     if not fits.any():
         raise DataError(
             f"{store.path}: no conversation fits into stage.max_length={settings.capacity} tokens; "
-            f"the shortest has {int(found.room.min())}"
+            f"the shortest has {int(found.length.min())}"
         )
     return found.take(fits), found.document[~fits]
 
@@ -352,7 +351,6 @@ def find_sequences(store: TokenStore, settings: PlanSettings) -> Sequences:
         length=length,
         document=owner[first],
         source=store.piece_sources[chosen[first]],
-        room=length,
         reach=length,
         num_targets=length - 1,
         parts=NO_PARTS,
@@ -364,16 +362,15 @@ def find_sequences(store: TokenStore, settings: PlanSettings) -> Sequences:
         return plain._replace(num_targets=targets - (learnt[first] > 0))
     if settings.layout == "text":
         return plain
-    return _pairs(plain, store, shared=settings.layout == "shared_pairs", last=chosen[last])
+    return _pairs(plain, store, last=chosen[last])
 
 
-def _pairs(plain: Sequences, store: TokenStore, *, shared: bool, last: Ints) -> Sequences:
+def _pairs(plain: Sequences, store: TokenStore, *, last: Ints) -> Sequences:
     """Both answers are a pair's last two pieces."""
     rejected = store.pieces["length"][last].astype(np.int64)
     chosen = store.pieces["length"][last - 1].astype(np.int64)
     prompt = plain.length - chosen - rejected
     return plain._replace(
-        room=plain.length if shared else plain.length + prompt,
         reach=prompt + np.maximum(chosen, rejected),
         num_targets=np.ones_like(prompt),
         parts=np.stack([prompt, chosen, rejected], axis=1),

@@ -47,6 +47,7 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         self.spec, self.phase, self.optimizer_numbers = backbone, phase, optimizer
         self.num_steps, self.splits = num_steps, splits
+        self.strict_loading = backbone.lora is None  # of adapters the frozen weights are not saved
         self._grad_norm = torch.tensor(0.0)
         self._last_lr = 0.0
         self.model: Any = None  # a PreTrainedModel once configure_model has run
@@ -100,6 +101,9 @@ class CausalLMModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rank 0 saves for all ranks: each goes on with an equal share of what all have summed."""
         state = checkpoint["state_dict"]
+        if self.spec.lora is not None:
+            for name in [n for n, p in self.named_parameters() if not p.requires_grad]:
+                del state[name]
         for name in [n for n in state if n.startswith("train_meter.")]:
             state[name] = self.trainer.strategy.reduce(state[name].clone(), reduce_op="mean")
 
