@@ -13,13 +13,11 @@ import pytest
 
 from mediphi.artifacts import (
     Parent,
-    check_data,
     manifest_hash,
     open_run,
     publish,
     read_manifest,
     runs,
-    verified_parent,
     verify,
 )
 from mediphi.errors import ArtifactError, MachineError
@@ -352,56 +350,6 @@ def test_a_link_has_no_place_in_an_artifact(tmp_path: Path) -> None:
         (path / "link").symlink_to("/etc/hostname")
         with pytest.raises(ArtifactError, match="link"):
             publish(path, config_hash="h1", **NOTHING)
-
-
-# Where a run comes from.
-
-
-def test_a_run_goes_on_with_the_data_it_began_with_only(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    with opened(path):
-        check_data(path, "f1")
-        check_data(path, "f1")
-        with pytest.raises(ArtifactError, match=r"data changed since this run began .* restore"):
-            check_data(path, "f2")
-        publish(path, config_hash="h1", **NOTHING)
-    assert "data.json" in verify(path)["files"]
-    check_data(path, "f1")
-    with pytest.raises(ArtifactError, match="on_existing=overwrite"):
-        check_data(path, "f2")
-    (path / "data.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"data.json: damaged"):
-        check_data(path, "f1")
-
-
-def test_a_finished_run_is_not_written_to_by_the_look_at_its_data(tmp_path: Path) -> None:
-    path = finished(tmp_path / "run")
-    check_data(path, "f1")
-    verify(path)
-
-
-def test_a_parent_is_vouched_for_by_itself_or_by_its_run(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run")
-    model = run / "model"
-    assert verified_parent(model) == Parent(str(run), manifest_hash(run))
-    own = publish(model, config_hash="h1", **NOTHING)
-    assert verified_parent(model) == Parent(str(model), own)
-    weights = model / "weights.bin"
-    weights.write_bytes(weights.read_bytes()[::-1])
-    with pytest.raises(ArtifactError, match=r"weights.bin: damaged"):
-        verified_parent(model)
-    (model / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match="run/model"):
-        verified_parent(model)
-
-
-def test_a_parent_of_somebody_else_has_nothing_to_verify(tmp_path: Path) -> None:
-    assert verified_parent(tmp_path / "hub" / "name") is None
-    (tmp_path / "manifest.json").write_text('{"name": "an app", "version": 3}')
-    assert verified_parent(tmp_path) is None
-    run = finished(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "mine").mkdir()
-    assert verified_parent(run / "checkpoints") is None
 
 
 PUBLISH = """

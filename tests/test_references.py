@@ -256,6 +256,7 @@ def test_a_second_process_waits_for_the_first_and_reads_its_numbers(
     out = capsys.readouterr().out
     assert f"reference   waiting, {making}: in use by process" in out
     assert f"reference   from {making.with_suffix('.bin')}" in out
+    assert out.count("waiting") == 1 and not making.exists()
 
 
 # --- what cannot be trained on

@@ -7,9 +7,10 @@ of a sweep over beta or the learning rate share one. A file is complete or refus
 import hashlib
 import io
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
 from numpy.typing import NDArray
 
 from mediphi import engine
@@ -52,7 +55,7 @@ def bring_references(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> 
 
     Raises:
         ArtifactError: the file in the cache is damaged.
-        UserError: a log-probability is not finite.
+        UserError: a log-probability is not finite, or the commit of a hub model is not known.
     """
     stage = run.config.stage
     assert isinstance(stage, DpoStage)
@@ -186,26 +189,41 @@ def _key(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> str:
     facts = {
         "version": VERSION,
         "weights": _weights(backbone, FileHashes(Path(run.config.paths.cache))),
-        "hub_commit": getattr(run.budget.model_config, "_commit_hash", None),
         "data": [store.manifest.key.digest for store in stores],
         "layout": plan.data.settings.layout,
         "capacity": plan.data.settings.capacity,
         "precision": run.device.precision,
         "attention": run.device.kernel,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _weights(backbone: BackboneSpec, hashes: FileHashes) -> object:
-    """Identity of the weights: the files' content, a hub revision, or the seed."""
+    """Identity of the weights: the files' content or a commit of the hub, and any random seed."""
     folder = Path(backbone.folder)
-    files: object = f"hub {backbone.folder} {backbone.revision}"
-    if folder.is_dir():
+    if not folder.is_dir():
+        files: object = f"hub {backbone.folder} {_commit(backbone.folder, backbone.revision)}"
+    else:
         names = sorted({path for pattern in FILES for path in folder.glob(pattern)})
         files = [(path.name, hashes.of(str(path))[0][1]) for path in names]
         hashes.save()
     return [files, backbone.seed if backbone.init == "random" else None]
+
+
+def _commit(repo_id: str, revision: str) -> str:
+    """The commit that a branch or tag of a hub model stands for in the local cache."""
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    # The config came through this cache; the loaded object no longer says from which commit.
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if not isinstance(found, str):
+        raise UserError(
+            f"model.path={repo_id}: the cache does not tell the commit of revision {revision}; "
+            "set model.revision to a commit of 40 hex digits, or give a local folder"
+        )
+    return Path(found).parent.name
 
 
 @contextmanager
@@ -213,21 +231,33 @@ def _only_one(path: Path) -> Iterator[None]:
     """One process computes a key's numbers; others wait and read them."""
     with ExitStack() as held:
         if rank() == 0:
-            folder = path.with_suffix(".making")
-            folder.mkdir(exist_ok=True)
-            while (busy := _try_lock(held, folder)) and not path.exists():
-                print(f"reference   waiting, {busy}", flush=True)
+            folder, told = path.with_suffix(".making"), False
+            held.callback(_remove_unused, folder)  # after the lock is let go
+            while not path.exists() and (busy := _try_lock(held, folder)):
+                if not told:
+                    print(f"reference   waiting, {busy}", flush=True)
+                told = True
                 time.sleep(WAIT_SECONDS)
         yield
 
 
 def _try_lock(held: ExitStack, folder: Path) -> str | None:
     """Who holds it, if somebody does."""
-    try:
-        held.enter_context(locked(folder))
-    except ArtifactError as busy:
-        return str(busy)
-    return None
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+        try:
+            held.enter_context(locked(folder))
+        except FileNotFoundError:
+            continue  # its last user removed it just now
+        except ArtifactError as busy:
+            return str(busy)
+        return None
+
+
+def _remove_unused(folder: Path) -> None:
+    with suppress(OSError):  # gone already, or another process's lock lies in it
+        folder.rmdir()
 
 
 def _write(path: Path, sides: References) -> None:

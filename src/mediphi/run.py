@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mediphi import launch
 from mediphi.announcement import announce
-from mediphi.artifacts import check_data, open_run
+from mediphi.artifacts import check_data, named_parents, open_run
 from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
 from mediphi.data.fingerprint import fingerprint
@@ -36,7 +36,7 @@ def run(config: Config) -> RunResult:
                     on_existing=config.on_existing,
                 )
                 if stack.enter_context(held).outcome == "finished":
-                    _refuse_changed_data(config)
+                    _refuse_changed_inputs(config)
                     return announce(run_dir(config))
             elif looks_finished:  # rank 0 announces it
                 return RunResult(None, run_dir(config))
@@ -46,10 +46,12 @@ def run(config: Config) -> RunResult:
         return training.train(config)
 
 
-def _refuse_changed_data(config: Config) -> None:
-    """A finished run answers for the data it saw. Where they are gone, it still stands."""
+def _refuse_changed_inputs(config: Config) -> None:
+    """A finished run answers for what it saw. Where data or parent are gone, it still stands."""
     try:
         content = fingerprint(config.corpus, cache=Path(config.paths.cache))
     except DataError:
-        return
-    check_data(run_dir(config), content)
+        content = None
+    model = config.model
+    parents = named_parents(model.folder) if model.is_pretrained else None
+    check_data(run_dir(config), content, parents=parents)

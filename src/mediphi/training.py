@@ -82,14 +82,14 @@ def _set_up(config: Config) -> Training:
     if config.model.is_pretrained:
         check_weights(folder)
         parent = verified_parent(Path(folder))
+    parents = {} if parent is None else {"model": parent}
     tokenizer = load_tokenizer(folder, revision=config.model.revision)
     budget = estimate(folder, config=config)
     check_vocabulary(tokenizer, budget.model_config)
     data = prepare(config, tokenizer)
     if rank() == 0 and not config.check_only:
-        check_data(run_dir(config), data.fingerprint)
+        check_data(run_dir(config), data.fingerprint, parents=parents)
     phases = plan_phases(config, data=data, model_config=budget.model_config)
-    parents = {} if parent is None else {"model": parent}
     return Training(config, device, tokenizer, data, phases, budget, run_dir(config), parents)
 
 

@@ -20,6 +20,8 @@ from end_to_end.tiny_chat import (
 )
 from end_to_end.tiny_run import CODES, Place, files_in, one_line
 
+from mediphi.artifacts import publish
+
 SECRET = "kanari-patient"
 
 
@@ -87,6 +89,36 @@ def test_a_parent_whose_files_were_changed_is_refused(
     raw[-9] ^= 1
     (parent / name).write_bytes(raw)
     assert f"{parent / name}: damaged" in refused(near, *dpo(near.assets, parent))
+
+
+def test_another_parent_is_refused_by_a_finished_and_by_a_resumed_run(
+    near: Place, sft_run: ChatRun
+) -> None:
+    parent = Path(shutil.copytree(sft_run.run_dir, near.folder / "parent"))
+    command = dpo(near.assets, parent)
+    assert near.run(*command).code == 0
+    run_dir = near.run_dir("dpo")
+    publish(parent / "model", config_hash="another", parents={}, data={}, extra={})
+    publish(parent, config_hash="another", parents={}, data={}, extra={})
+    before = files_in(run_dir)
+    for _ in ("finished", "resumed"):
+        ended = near.run(*command)
+        told = f"{run_dir}: the model at {parent / 'model'} changed since this run began"
+        assert ended.code == 2 and told in one_line(ended)
+        (run_dir / "manifest.json").unlink(missing_ok=True)
+        assert files_in(run_dir) | before == before
+
+
+def test_a_finished_run_stands_without_its_parent(near: Place, sft_run: ChatRun) -> None:
+    parent = Path(shutil.copytree(sft_run.run_dir, near.folder / "parent"))
+    command = dpo(near.assets, parent)
+    first = near.run(*command)
+    (parent / "model" / "manifest.json").unlink()
+    (parent / "manifest.json").unlink()
+    for _ in ("no manifest", "gone"):
+        again = near.run(*command)
+        assert again.code == 0 and first.out.endswith(again.out), again
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

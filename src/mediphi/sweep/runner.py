@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mediphi.artifacts import check_data, locked, read_config_hash, verify
+from mediphi.artifacts import check_data, locked, named_parents, read_config_hash, verify
 from mediphi.config import config_hash
 from mediphi.data.fingerprint import fingerprint
 from mediphi.errors import ArtifactError, DataError, Interrupted
@@ -110,7 +110,7 @@ def run_sweep(sweep: Plan, *, num_jobs: int = 1, command: Command | None = None)
 
 
 def _run_point(point: Point, sweep: Plan, index: int, *, start: Command, stop: Stop) -> Row:
-    if point.config.on_existing == "resume" and _finished(point) and _same_data(point):
+    if point.config.on_existing == "resume" and _finished(point) and _same_inputs(point):
         return _row(point, "skipped")
     log = sweep.folder / f"{index:03d}.log"
     code = stop.run(start(point, sweep.name), log)
@@ -139,15 +139,17 @@ def _finished(point: Point) -> bool:
         return False
 
 
-def _same_data(point: Point) -> bool:
-    """Whether the data are still those of the finished run; if not, its job says so and fails."""
-    corpus, cache = point.config.corpus, Path(point.config.paths.cache)
+def _same_inputs(point: Point) -> bool:
+    """Whether data and parent are those of the finished run; if not, its job says so and fails."""
+    config = point.config
     try:
         with _hashing:  # one writer of the cache of file hashes
-            content = fingerprint(corpus, cache=cache)
-        check_data(point.run_dir, content)
+            content = fingerprint(config.corpus, cache=Path(config.paths.cache))
     except DataError:  # they are gone: the artifact still stands
-        return True
+        content = None
+    parents = named_parents(config.model.folder) if config.model.is_pretrained else None
+    try:
+        check_data(point.run_dir, content, parents=parents)
     except ArtifactError:
         return False
     return True
