@@ -92,7 +92,8 @@ def command(extra: Line, config_hash: str, *, parents: Line) -> str:
         folder = Path(parents["model"]["path"])
         starts = [[f"model.path={folder.parent}"], [f"model.path={folder}"]]
     for start in starts:
-        plain = json.dumps(yaml.safe_load(resolved([*groups, *start])))
+        forced = [f"++{override}" for override in start]
+        plain = json.dumps(yaml.safe_load(resolved([*groups, *forced])))
         if hash_of(Config.model_validate_json(plain, strict=True)) == config_hash:
             return " ".join(["python train.py", *groups, *start])
     return " ".join(["python train.py", *groups, *starts[0], f"... (config {config_hash})"])
@@ -108,8 +109,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def keep(run: Line, path: Path = RUNS) -> None:
     """Put a run's line in the place of an earlier one of the same command."""
     others = [line for line in read_lines(path) if line["command"] != run["command"]]
-    lines = sorted([*others, run], key=lambda line: line["command"])
+    lines = sorted([*others, run], key=lambda line: _place(line["command"]))
     path.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+
+
+def _place(command: str) -> tuple[int, str]:
+    """In the order of the recipe."""
+    stages = [f"stage={name} " for name in ("pit", "dapt", "sft", "dpo")]
+    return next((n for n, s in enumerate(stages) if s in command), len(stages)), command
 
 
 def results(runs: Sequence[Line]) -> str:
