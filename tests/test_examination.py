@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Literal
 
 import pytest
 
-from mediphi.announcement import ExamTable, read_exam
+from mediphi.announcement import ExamTable, read_exams
 from mediphi.backbone import BackboneSpec
-from mediphi.evaluate.scores import Scored, improvement, summarise
+from mediphi.evaluate.scores import Scored, Unit, improvement, summarise
 from mediphi.examination import Exam, headline, marks
 
 SHORT = [Scored("1", "short", 0.2), Scored("2", "short", 0.4), Scored("3", "long", 0.0)]
@@ -19,7 +18,8 @@ LATER = [Scored("1", "short", 0.5), Scored("2", "short", 0.9), Scored("3", "long
 class Prompts:
     title: str = "Held-out prompts"
     noun: str = "prompts"
-    metric: Literal["quiz", "exam"] = "exam"
+    metric: str = "exam"
+    unit: Unit = "%"
     groups: tuple[str, ...] = ("short", "long")
     overall: bool = True
     scored: list[Scored] = field(default_factory=lambda: SHORT)
@@ -31,7 +31,7 @@ class Prompts:
 def test_what_is_told_comes_back_as_the_table() -> None:
     exam: Exam = Prompts()
     told = json.loads(json.dumps(marks(exam, {"before": SHORT, "after sft": LATER}, seed=3)))
-    table = read_exam({"exam": told})
+    (table,) = read_exams({"exams": {"exam": told}})
     assert isinstance(table, ExamTable) and table.title == "Held-out prompts"
     head, *rows = table.rows
     assert head[1:] == ("before", "after sft", "gain in points, paired", "prompts")
@@ -57,4 +57,12 @@ def test_the_headline_is_the_last_moments_mean(exam: Exam, name: str, value: flo
 
 
 def test_a_run_without_an_exam_has_no_table() -> None:
-    assert read_exam({"exam": None}) is None
+    assert read_exams({"exams": {}}) == []
+
+
+def test_losses_are_shown_in_their_unit() -> None:
+    exam: Exam = Prompts(unit="nats/token", overall=False)
+    told = marks(exam, {"before": LATER, "after sft": SHORT}, seed=0)
+    head, short, _ = read_exams({"exams": {"loss": told}})[0].rows
+    assert head[0] == "nats/token [95 % interval]" and head[3] == "difference, paired"
+    assert short[1].startswith("0.700 [") and short[3].startswith("-0.400 [")

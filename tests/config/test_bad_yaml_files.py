@@ -30,7 +30,10 @@ FILES = {
     "scalar": ("hello\n", "stage: missing"),
     "empty": ("", "stage: missing"),
     "defaults_not_a_list": ("defaults: {a: 1}\n", "defaults must be a list"),
-    "unknown_default": ("defaults: [config, {override stage: nope}]\n", "allowed: dapt, dpo, pit, sft"),
+    "unknown_default": (
+        "defaults: [config, {override stage: nope}]\n",
+        "allowed: dapt, dpo, pit, sft",
+    ),
     "missing_default": ("defaults: [nowhere]\n", "nowhere: no such config"),
     "typo": (ON_TOP + "stage: {phase2: {lrr: 1}}\n", "did you mean stage.phase2.lr?"),
     "unknown_root": (ON_TOP + "beta: 0.1\n", "beta=0.1: unknown key"),

@@ -188,5 +188,5 @@ def test_what_does_not_fit_is_left_out_and_named(
     plan = TrainingPlan(store, settings)
     assert [store.document_id(row) for row in plan.too_long.tolist()] == ["a/long"]
     assert np.unique(plan.chunks(np.arange(plan.num_rows)).document).tolist() == [0]
-    with pytest.raises(DataError, match="no conversation fits into stage.max_length=16 tokens"):
+    with pytest.raises(DataError, match=r"no conversation fits into stage\.max_length=16 tokens"):
         TrainingPlan(store, PlanSettings(CHAT_KINDS, 16, 1, layout="chat"))

@@ -144,20 +144,20 @@ def test_a_finished_run_keeps_the_model_of_its_first_phase_and_no_state(finished
 
 def _die_before_deleting() -> None:
     """Killed as soon as the first phase's model has its name."""
-    import mediphi.phases
+    import mediphi.training
 
-    mediphi.phases.remove_checkpoints = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    mediphi.training.remove_checkpoints = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _die_after_deleting() -> None:
-    import mediphi.phases
+    import mediphi.training
     from mediphi.checkpointing import remove_checkpoints
 
     def delete_and_die(folder: Path) -> None:
         remove_checkpoints(folder)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    mediphi.phases.remove_checkpoints = delete_and_die
+    mediphi.training.remove_checkpoints = delete_and_die
 
 
 @pytest.mark.parametrize("die", [_die_before_deleting, _die_after_deleting])

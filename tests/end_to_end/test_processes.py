@@ -96,7 +96,7 @@ def test_two_processes_train_what_one_trains(
 ) -> None:
     """In float32, without noise; DPO's reference pass is shared out, too."""
     command = [*request.getfixturevalue(f"{stage}_run").command, "hardware.precision=32-true"]
-    command += ["stage.neftune_alpha=0", "hardware.micro_batch=1"]
+    command += ["hardware.micro_batch=1"] + ["stage.neftune_alpha=0"] * (stage == "sft")
     two = Place(alone.folder / "two", alone.folder / "two" / "cache", alone.assets)
     for place, devices in ((alone, 1), (two, 2)):
         ended = place.program(*command, f"hardware.devices={devices}").wait()

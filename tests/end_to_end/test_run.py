@@ -72,7 +72,7 @@ def test_the_curve_covers_both_phases_and_the_quiz(finished: Finished) -> None:
     assert {row.split(",")[1] for row in rows[1:]} == {"phase1", "phase2"}
     assert int(rows[-1].split(",")[0]) == 2 * STEPS
     metrics = json.loads((finished[0] / "metrics.json").read_text())
-    assert list(metrics["exam"]["results"]) == ["before", "after phase1", "after phase2"]
+    assert list(metrics["exams"]["quiz"]["results"]) == ["before", "after phase1", "after phase2"]
 
 
 def test_the_last_lines_name_path_hash_and_next_command(finished: Finished) -> None:
@@ -96,8 +96,8 @@ def composed(command: str) -> Config:
 
 def test_the_next_command_is_a_valid_one_from_this_model(finished: Finished) -> None:
     config = composed(last_words(finished[1])["next"])
-    assert config.model.path == str(finished[0] / "model")
-    assert config.model.init == "pretrained"
+    assert config.model.path == str(finished[0])
+    assert config.model.is_pretrained and config.stage.kind == "sft"
 
 
 def test_dapt_with_neftune_trains_the_model_on(place: Place, finished: Finished) -> None:
@@ -109,7 +109,7 @@ def test_dapt_with_neftune_trains_the_model_on(place: Place, finished: Finished)
     assert "neftune_alpha: 5.0" in (run_dir / "config.yaml").read_text()
     verify(run_dir)
     assert {row[1] for row in curve(run_dir)} == {"dapt"}
-    assert composed(last_words(ended)["next"]).model.path == str(run_dir / "model")
+    assert composed(last_words(ended)["next"]).model.path == str(run_dir)
     assert weights(run_dir) != weights(finished[0])
     parent = {"path": str(model), "sha256": manifest_hash(model)}
     assert verify(run_dir)["parents"] == verify(run_dir / "model")["parents"] == {"model": parent}
