@@ -85,7 +85,9 @@ def test_many_turns_blanks_bytes_and_forged_tokens(tokenizer: PreTrainedTokenize
 
 def test_a_conversation_without_a_system_turn(tokenizer: PreTrainedTokenizerFast):
     renderer = ChatRenderer(tokenizer)
-    renderer.prove(talk(*TALK[1:3]), renderer.conversation(talk(*TALK[1:3])))
+    rendered = renderer.conversation(talk(*TALK[1:3]))
+    renderer.prove(talk(*TALK[1:3]), rendered)
+    assert [piece.kind for piece in rendered.pieces] == ["user", "answer"]
 
 
 def test_the_prompt_ends_where_generation_begins(tokenizer: PreTrainedTokenizerFast):
