@@ -100,7 +100,8 @@ def step_plan(pairs: list[Pair], folder: Path, *, name: str) -> Any:
     from mediphi.backbone import eos_id, load_tokenizer
     from mediphi.data.chat import ChatRenderer
     from mediphi.data.encoding import tokenizer_sha256
-    from mediphi.data.plan import PAIR_KINDS, PlanSettings, TrainingPlan
+    from mediphi.data.plan import PlanSettings, TrainingPlan
+    from mediphi.data.sequences import PAIR_KINDS
     from mediphi.data.tokenization import build_store
     from mediphi.data.tokens import StoreKey
     from mediphi.records import Preference, Turn

@@ -77,7 +77,8 @@ def packed_data(task: Task, folder: Path) -> Any:
     from mediphi.data.chat import ChatRenderer
     from mediphi.data.datamodule import PackedDataModule
     from mediphi.data.encoding import tokenizer_sha256
-    from mediphi.data.plan import CHAT_KINDS, PlanSettings
+    from mediphi.data.plan import PlanSettings
+    from mediphi.data.sequences import CHAT_KINDS
     from mediphi.data.tokenization import build_store
     from mediphi.data.tokens import StoreKey
     from mediphi.records import Conversation, Turn

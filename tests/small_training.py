@@ -16,8 +16,9 @@ from mediphi.checkpointing import SafeCheckpointIO
 from mediphi.config.schema import Hardware, Optimizer, Phase
 from mediphi.data.datamodule import PackedDataModule, References
 from mediphi.data.encoding import tokenizer_sha256
-from mediphi.data.plan import PAIR_KINDS, Layout, PlanSettings
+from mediphi.data.plan import PlanSettings
 from mediphi.data.render import Rendered
+from mediphi.data.sequences import PAIR_KINDS, Layout
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore
 from mediphi.modules.causal_lm import CausalLMModule

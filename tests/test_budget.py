@@ -26,7 +26,7 @@ def config(*overrides: str) -> Config:
 
 
 def test_phi35_mini_has_the_published_number_of_parameters():
-    budget = estimate(str(ASSETS / "phi35_mini"), config=config())
+    budget = estimate(str(ASSETS / "phi35_mini"), config=config(), loss_chunk_tokens=2048)
     assert budget.num_parameters == 3_821_079_552
     # all but the embedding and 65 norms of 3072
     assert budget.num_matmul_parameters == 3_821_079_552 - 32064 * 3072 - 65 * 3072
@@ -35,7 +35,7 @@ def test_phi35_mini_has_the_published_number_of_parameters():
 
 def test_the_estimate_counts_what_a_real_model_has(tmp_path: Path):
     folder = write_small_folder(tmp_path / "model")
-    budget = estimate(str(folder), config=config())
+    budget = estimate(str(folder), config=config(), loss_chunk_tokens=2048)
     model = AutoModelForCausalLM.from_config(budget.model_config)
     assert budget.num_parameters == sum(p.numel() for p in model.parameters())
     assert budget.weights_dtype == torch.float32
@@ -90,7 +90,6 @@ MORE = [
     ("hardware.micro_batch=2", "hardware.micro_batch=1"),
     ("stage.max_length=4096", "stage.max_length=1024"),
     ("hardware.activation_checkpointing=false", "hardware.activation_checkpointing=true"),
-    ("hardware.loss_chunk_tokens=4096", "hardware.loss_chunk_tokens=512"),
 ]
 
 
@@ -98,7 +97,9 @@ MORE = [
 def test_what_costs_memory_is_estimated_to_cost_it(more: str, less: str):
     common = ("stage.global_batch=4", "hardware.micro_batch=1")
     large, small = (
-        estimate(str(ASSETS / "tiny"), config=config(*common, change)).memory_bytes
+        estimate(
+            str(ASSETS / "tiny"), config=config(*common, change), loss_chunk_tokens=128
+        ).memory_bytes
         for change in (more, less)
     )
     assert large > small
@@ -106,7 +107,9 @@ def test_what_costs_memory_is_estimated_to_cost_it(more: str, less: str):
 
 def test_phi35_minis_training_state_alone_fills_61_gigabytes():
     """float32 weights, gradients and two moments; one H200 holds them, one H100 does not."""
-    budget = estimate(str(ASSETS / "phi35_mini"), config=config("hardware.micro_batch=1"))
+    budget = estimate(
+        str(ASSETS / "phi35_mini"), config=config("hardware.micro_batch=1"), loss_chunk_tokens=2048
+    )
     assert 61e9 < budget.memory_bytes < 141e9
     assert budget.disk_bytes > 3 * 12 * budget.num_parameters
 
@@ -129,8 +132,8 @@ def held_bytes(function: Any) -> int:
 def test_the_activations_of_the_tiny_model_are_of_the_estimated_size():
     """The activation part against what autograd really keeps for a full row."""
     chosen = config("hardware.micro_batch=1", "stage.max_length=512")
-    budget = estimate(str(ASSETS / "tiny"), config=chosen)
-    logits = 3 * chosen.hardware.loss_chunk_tokens * 4096 * 4
+    budget = estimate(str(ASSETS / "tiny"), config=chosen, loss_chunk_tokens=128)
+    logits = 3 * 128 * 4096 * 4
     estimated = budget.memory_bytes - 16 * budget.num_parameters - logits
     model = AutoModelForCausalLM.from_config(
         budget.model_config, attn_implementation="mediphi_sdpa"
@@ -169,7 +172,7 @@ def test_a_damaged_config_is_refused_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="no config can be loaded") as error:
-        estimate(str(tmp_path), config=config())
+        estimate(str(tmp_path), config=config(), loss_chunk_tokens=2048)
     assert "\n" not in str(error.value)
     spec = BackboneSpec(str(tmp_path), init="random", revision="main", kernel="sdpa")
     with pytest.raises(UserError) as error:

@@ -70,7 +70,7 @@ def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False
     Raises:
         UserError: the wanted kernel cannot run here.
     """
-    available = available_kernels(device_type)
+    available: list[Kernel] = available_kernels(device_type)
     if shares_prompts and wanted == "auto":
         available = [kernel for kernel in available if kernel != "flash"]
     if shares_prompts and wanted == "flash":

@@ -53,7 +53,7 @@ class BackboneSpec:
     revision: str
     kernel: attention.Kernel
     activation_checkpointing: bool = False
-    loss_chunk_tokens: int = 2048
+    loss_chunk_tokens: int = 128
     seed: int = 0
     lora: Lora | None = None
 

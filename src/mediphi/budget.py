@@ -64,8 +64,10 @@ class Budget:
         return body + 6.0 * self.num_head_parameters * num_targets
 
 
-def estimate(folder: str, *, config: Config) -> Budget:
+def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
     """Size up the model of a folder or hub id without its weights.
+
+    `loss_chunk_tokens`: positions whose logits exist at a time on the device.
 
     Raises:
         UserError: no model config there.
@@ -96,7 +98,8 @@ def estimate(folder: str, *, config: Config) -> Budget:
         weights_dtype=_dtype(model_config),
         memory_bytes=num_parameters * 4 * _num_copies(config)
         + trained * BYTES_PER_TRAINED
-        + _activations(model_config, config),
+        + _activations(model_config, config)
+        + 3 * loss_chunk_tokens * model_config.vocab_size * 4,
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
     )
 
@@ -148,16 +151,13 @@ def _dtype(model_config: Any) -> torch.dtype:
 
 
 def _activations(model_config: Any, config: Config) -> int:
-    """Bytes of activations of one micro-batch, and of the logits of one chunk."""
+    """Bytes of activations of one micro-batch."""
     tokens = config.hardware.micro_batch * config.stage.max_length
     hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
     per_layer = tokens * (HIDDEN_KEPT * hidden + FFN_KEPT * model_config.intermediate_size) * 4
     if config.hardware.activation_checkpointing:
-        kept = layers * tokens * hidden * 4 + per_layer
-    else:
-        kept = layers * per_layer
-    logits = 3 * config.hardware.loss_chunk_tokens * model_config.vocab_size * 4
-    return kept + logits
+        return layers * tokens * hidden * 4 + per_layer
+    return layers * per_layer
 
 
 def _reason(error: Exception) -> str:

@@ -38,6 +38,10 @@ BF16_PEAK_FLOPS = {
 }
 
 
+LOSS_CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}
+"""Large products keep a GPU busy; few logits stay in a CPU's cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """What `hardware` came down to on this machine."""
@@ -46,6 +50,7 @@ class Device:
     name: str
     precision: str
     kernel: Kernel
+    loss_chunk_tokens: int = 128
 
 
 def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
@@ -69,6 +74,7 @@ def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
         name=name,
         precision=_precision(hardware.precision, on_gpu),
         kernel=choose_kernel(hardware.attention, device_type=kind, shares_prompts=shares_prompts),
+        loss_chunk_tokens=hardware.loss_chunk_tokens or LOSS_CHUNK_TOKENS[kind],
     )
 
 

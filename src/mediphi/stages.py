@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from mediphi.backbone import BackboneSpec
 from mediphi.config.schema import Config, DaptStage, DpoStage, Phase, PitStage, SftStage
 from mediphi.data.datamodule import PackedDataModule
-from mediphi.data.plan import CHAT_KINDS, PAIR_KINDS, Layout
+from mediphi.data.sequences import CHAT_KINDS, PAIR_KINDS, Layout
 from mediphi.modules import dpo
 from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.modules.language_model import LanguageModelModule

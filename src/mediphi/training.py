@@ -84,7 +84,7 @@ def _set_up(config: Config) -> Training:
         parent = verified_parent(Path(folder))
     parents = {} if parent is None else {"model": parent}
     tokenizer = load_tokenizer(folder, revision=config.model.revision)
-    budget = estimate(folder, config=config)
+    budget = estimate(folder, config=config, loss_chunk_tokens=device.loss_chunk_tokens)
     check_vocabulary(tokenizer, budget.model_config)
     data = prepare(config, tokenizer)
     if rank() == 0 and not config.check_only:
@@ -159,7 +159,7 @@ def _first_backbone(run: Training) -> BackboneSpec:
         revision=model.revision,
         kernel=run.device.kernel,
         activation_checkpointing=run.config.hardware.activation_checkpointing,
-        loss_chunk_tokens=run.config.hardware.loss_chunk_tokens,
+        loss_chunk_tokens=run.device.loss_chunk_tokens,
         lora=stage.lora if isinstance(stage, ChatStage) else None,
         seed=run.config.seed,
     )

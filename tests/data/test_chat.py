@@ -14,8 +14,9 @@ from mediphi.batches import IGNORE, TokenBatch
 from mediphi.data.chat import ChatRenderer
 from mediphi.data.encoding import tokenizer_sha256
 from mediphi.data.loader import PackedLoader
-from mediphi.data.plan import CHAT_KINDS, PlanSettings, TrainingPlan
+from mediphi.data.plan import PlanSettings, TrainingPlan
 from mediphi.data.render import neutralise
+from mediphi.data.sequences import CHAT_KINDS
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey
 from mediphi.errors import DataError

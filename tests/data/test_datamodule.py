@@ -17,7 +17,8 @@ from mediphi.batches import IGNORE, TokenBatch
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.groups import GroupIds
 from mediphi.data.loader import NO_DOCUMENT, PackedLoader, ResumableLoader, collate
-from mediphi.data.plan import NO_PARTS, Chunks, PlanSettings, TrainingPlan
+from mediphi.data.plan import Chunks, PlanSettings, TrainingPlan
+from mediphi.data.sequences import NO_PARTS
 from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError
 from mediphi.records import PIECE_KINDS

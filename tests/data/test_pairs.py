@@ -9,8 +9,9 @@ from toy_store import phi_like_tokenizer
 from mediphi.batches import PreferenceBatch
 from mediphi.data.encoding import tokenizer_sha256
 from mediphi.data.loader import PackedLoader
-from mediphi.data.plan import PAIR_KINDS, Layout, PlanSettings, TrainingPlan
+from mediphi.data.plan import PlanSettings, TrainingPlan
 from mediphi.data.render import Piece, Rendered
+from mediphi.data.sequences import PAIR_KINDS, Layout
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore
 from mediphi.records import LABELS, PieceKind

@@ -160,7 +160,8 @@ def test_twenty_kills_change_neither_weights_nor_curve(
 def test_a_signal_saves_says_so_and_the_run_goes_on_bitwise(
     number: int, code: int, place: Place, finished: Finished
 ) -> None:
-    stopped_and_resumed(place, PIT, finished[0], number=number, code=code)
+    run_dir = stopped_and_resumed(place, PIT, finished[0], number=number, code=code)
+    assert weights(run_dir) == weights(finished[0])
 
 
 def test_sigterm_saves_says_so_and_a_chat_run_goes_on_bitwise(chat: ChatRun, near: Place) -> None:
@@ -173,7 +174,7 @@ def test_sigterm_saves_says_so_and_a_chat_run_goes_on_bitwise(chat: ChatRun, nea
 
 def stopped_and_resumed(
     place: Place, command: list[str], reference: Path, *, number: int, code: int
-) -> None:
+) -> Path:
     """A signal behind the first checkpoint; then the same command again."""
     run_dir = place.runs / reference.parent.name / reference.name
     child = place.start(*command)
@@ -190,3 +191,4 @@ def stopped_and_resumed(
     assert place.run(*command).code == 0
     assert weights(run_dir) == weights(reference)
     assert curve(run_dir) == curve(reference)
+    return run_dir

@@ -26,7 +26,8 @@ from torch import Tensor
 from mediphi.batches import PreferenceBatch
 from mediphi.data.datamodule import PackedDataModule, References
 from mediphi.data.loader import PackedLoader
-from mediphi.data.plan import Layout, TrainingPlan
+from mediphi.data.plan import TrainingPlan
+from mediphi.data.sequences import Layout
 from mediphi.data.tokens import TokenStore
 from mediphi.modules.dpo import DpoModule, Objective
 from mediphi.modules.preference_losses import PairLogps, dpo_loss

@@ -26,7 +26,7 @@ from mediphi.data.chat import ChatRenderer
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.encoding import tokenizer_sha256
 from mediphi.data.loader import PackedLoader
-from mediphi.data.plan import Layout
+from mediphi.data.sequences import Layout
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore
 from mediphi.modules.dpo import DpoModule, Objective

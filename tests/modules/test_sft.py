@@ -15,7 +15,8 @@ from mediphi.data.chat import ChatRenderer
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.encoding import tokenizer_sha256
 from mediphi.data.loader import PackedLoader
-from mediphi.data.plan import CHAT_KINDS, PlanSettings
+from mediphi.data.plan import PlanSettings
+from mediphi.data.sequences import CHAT_KINDS
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore
 from mediphi.modules.language_model import LanguageModelModule

@@ -259,8 +259,8 @@ class Hardware(Strict):
     """auto: the fastest kernel that is there."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, slower."""
-    loss_chunk_tokens: PositiveInt = 2048
-    """Positions whose logits exist at a time."""
+    loss_chunk_tokens: PositiveInt | None = None
+    """Positions whose logits exist at a time; null: 2048 on a GPU, 128 on a CPU."""
     num_threads: PositiveInt | None = None
     """CPU threads of PyTorch's kernels; null: PyTorch's choice."""
     num_workers: NonNegativeInt = 0

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from mediphi.data.plan import CHAT_KINDS, PlanSettings, find_sequences
+from mediphi.data.sequences import CHAT_KINDS, find_sequences
 from mediphi.data.tokens import TokenStore
 from mediphi.records import LABELS, PIECE_KINDS
 
@@ -39,8 +39,7 @@ def heldout_prompts(
     """Up to `per_task` prompts of every task type, drawn by `seed`; in the order of task types."""
     if not store.num_tokens:
         return []
-    settings = PlanSettings(CHAT_KINDS, capacity=3, global_batch=1, layout="chat")
-    found = find_sequences(store, settings)
+    found = find_sequences(store, CHAT_KINDS, layout="chat")
     last = np.searchsorted(store.piece_starts, found.address + found.length) - 1
     answers = store.pieces["length"][last].astype(np.int64)
     fits = (found.length - answers <= max_prompt_tokens) & (
