@@ -4,9 +4,8 @@ python benchmarks/kill_resume.py [--stage pit] [--kills 20] [--seed 0]
 
 Whole runs of a shrunk model on real codes (SFT and DPO: on short notes), by the real command line,
 each killed up to four times and then left to end: while reading, tokenising, training, saving,
-exporting, between phases, in the exam, in the reference pass of DPO. Appends nothing:
-`results/kill_resume.jsonl` (`kill_resume_sft.jsonl`, `kill_resume_dpo.jsonl`) is written anew, a
-line per run and a summary.
+exporting, between phases, in the exam, in the reference pass of DPO. The stage's lines in
+`results/kill_resume.jsonl`, one per run and a summary, are written anew; other stages' stay.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from end_to_end.killing import Outcome, killed_run  # noqa: E402
 from end_to_end.tiny_chat import dpo, sft, write_chats  # noqa: E402
 from end_to_end.tiny_run import PIT, Place, write_codes, write_model  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "kill_resume.jsonl"
 KILLS_PER_RUN = 4
 
 
@@ -43,11 +42,10 @@ def main() -> None:
             Path(folder), stage=arguments.stage, kills=arguments.kills, seed=arguments.seed
         )
     summary = summarise(outcomes, stage=arguments.stage, seed=arguments.seed)
-    rows = [{"run": i, **row(outcome)} for i, outcome in enumerate(outcomes)]
-    name = "kill_resume" if arguments.stage == "pit" else f"kill_resume_{arguments.stage}"
-    (RESULTS / f"{name}.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in [*rows, summary])
-    )
+    rows = [{"stage": arguments.stage, "run": i, **row(o)} for i, o in enumerate(outcomes)]
+    before = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    lines = [*(line for line in before if line["stage"] != arguments.stage), *rows, summary]
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(json.dumps(summary, indent=1))
     raise SystemExit(0 if summary["equal"] else 1)
 

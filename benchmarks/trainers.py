@@ -71,7 +71,7 @@ def triangle(length: int) -> int:
 def our_options(model: str, *, num_steps: int, splits: int) -> dict[str, Any]:
     """What our modules of all objectives take, with TRL's optimizer."""
     from mediphi.backbone import BackboneSpec
-    from mediphi.config.schema import Optimizer, Phase
+    from mediphi.config.stages import Optimizer, Phase
 
     return {
         "backbone": BackboneSpec(model, "pretrained", "main", "sdpa"),

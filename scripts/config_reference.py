@@ -26,8 +26,8 @@ TARGET = ROOT / "docs" / "config.md"
 
 HEAD = """# Config reference
 
-Written by `scripts/config_reference.py` from the schema (`src/mediphi/config/schema.py`,
-`src/mediphi/config/corpus.py`) and from the files under `conf/` and `sweeps/`. Do not edit it.
+Written by `scripts/config_reference.py` from the schema (`schema.py`, `stages.py`, `corpus.py` in
+`src/mediphi/config/`) and from the files under `conf/` and `sweeps/`. Do not edit it.
 
 Hydra composes the groups, the schema judges the result. Any key can be given as `key=value`; a key
 that the schema does not know is refused with the nearest known one. `python train.py --cfg job`

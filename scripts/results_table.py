@@ -46,7 +46,7 @@ COLUMNS = {
         "figure precision peer pairs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
         "flops_ratio"
     ),
-    "kill_resume": "path machine runs kills kills_with_half_written_files attempts equal",
+    "kill_resume": "path stage machine runs kills kills_with_half_written_files attempts equal",
     "startup": "figure cpu_seconds bare_hydra_cpu_seconds ratio ratio_range",
 }
 """What the README shows of a benchmark; everything stands in the file."""

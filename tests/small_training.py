@@ -13,7 +13,8 @@ from toy_store import TEXT, Piece, phi_like_tokenizer, toy_store
 from mediphi import engine
 from mediphi.backbone import BackboneSpec
 from mediphi.checkpointing import SafeCheckpointIO
-from mediphi.config.schema import Hardware, Optimizer, Phase
+from mediphi.config.schema import Hardware
+from mediphi.config.stages import Optimizer, Phase
 from mediphi.data.datamodule import PackedDataModule, References
 from mediphi.data.encoding import tokenizer_sha256
 from mediphi.data.plan import PlanSettings

@@ -1,6 +1,7 @@
 """Sizes, operations and memory, known before a run starts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from mediphi import attention
 from mediphi.backbone import BackboneSpec, build_model
 from mediphi.budget import Budget, estimate
 from mediphi.config import Config, load
+from mediphi.config.stages import SftStage
 from mediphi.engine import training_flops
 from mediphi.errors import UserError
+from mediphi.lora import add_adapters
 from mediphi.modules.losses import chunked_cross_entropy
 
 
@@ -68,22 +71,48 @@ def test_training_flops_are_what_torch_counts():
     counted = counted_flops(model, batch)
     linear = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     head = model.lm_head.weight.numel()
-    budget = Budget(model.config, 0, sum(linear), head, torch.float32, 0, 0)
+    budget = Budget(model.config, 0, sum(linear), head, 0, torch.float32, 0, 0)
     share = (length + 1) / (2 * length)
     assert budget.batch_flops(batch) == counted["weights"] + counted["attention"] * share
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "[qkv_proj]"])
+def test_flops_beside_adapters_are_what_torch_counts(tmp_path: Path, targets: str):
+    """But for the first layer's first product: its input needs no gradient, and is counted."""
+    folder = write_small_folder(tmp_path / "model", num_key_value_heads=4)
+    lora = ("stage.lora.rank=3", f"stage.lora.target_modules={targets}")
+    chosen = load(composed("stage=sft", "corpus=mediflow", *lora))
+    assert isinstance(chosen.stage, SftStage) and chosen.stage.lora is not None
+    budget = estimate(str(folder), config=chosen, loss_chunk_tokens=16)
+    model: Any = AutoModelForCausalLM.from_config(
+        budget.model_config, attn_implementation="mediphi_sdpa"
+    ).train()
+    full = replace(budget, num_adapter_parameters=0)
+    add_adapters(model, chosen.stage.lora, seed=0)
+    length, num_documents = 40, 3
+    batch = packed(random_documents([length] * num_documents))
+    counted = counted_flops(model, batch)
+    attention_flops = counted["attention"] * (length + 1) / (2 * length)
+    first = model.model.layers[0].self_attn.qkv_proj
+    unneeded = sum(p.numel() for n, p in first.named_parameters() if "lora_B" not in n)
+    spared = 2 * unneeded * length * num_documents
+    assert budget.batch_flops(batch) == counted["weights"] + attention_flops + spared
+    assert budget.batch_flops(batch) < 0.8 * full.batch_flops(batch)
+
+
 def test_attention_flops_grow_with_the_square_of_documents_not_of_the_row():
-    budget = Budget(small_model().config, 0, 0, 0, torch.float32, 0, 0)
+    budget = Budget(small_model().config, 0, 0, 0, 0, torch.float32, 0, 0)
     one, two = (budget.batch_flops(packed(random_documents(n))) for n in ([64], [32, 32]))
     assert one == 12 * 2 * 32 * 64 * 65 / 2
     assert two == 2 * 12 * 2 * 32 * 32 * 33 / 2
 
 
 def test_flops_worked_by_hand():
-    """Six per weight and token; two tokens see three pairs, twelve per layer and unit each."""
-    flops = training_flops(num_matmul_parameters=10, hidden=4, layers=1, pairs=3, tokens=2)
-    assert flops == 6 * 10 * 2 + 12 * 4 * 3
+    """Six per weight and token, frozen four; two tokens see three pairs, twelve per layer and unit
+    each."""
+    sizes = {"num_matmul_parameters": 10, "hidden": 4, "layers": 1, "pairs": 3, "tokens": 2}
+    assert training_flops(**sizes) == 6 * 10 * 2 + 12 * 4 * 3
+    assert training_flops(**sizes, num_frozen_parameters=7) == (6 * 3 + 4 * 7) * 2 + 12 * 4 * 3
 
 
 MORE = [

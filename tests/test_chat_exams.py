@@ -1,22 +1,27 @@
 """Exams of SFT and DPO: what a score is made of, and which items have one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from small_models import write_small_folder
+from small_runs import first_backbone, set_up, write_rows
 from small_training import ERRORS, random_pairs, spec_of
 from transformers import PreTrainedTokenizerFast
 
+from mediphi import training
 from mediphi.backbone import build_model, load_tokenizer
-from mediphi.chat_exams import PreferenceAccuracy, TaskScores
+from mediphi.chat_exams import PreferenceAccuracy, TaskScores, prompt_clusters
+from mediphi.data.corpora import read_documents
 from mediphi.data.heldout_prompts import HeldoutPrompt
 from mediphi.data.tokens import TokenStore
 from mediphi.engine import Device
 from mediphi.evaluate.scores import summarise
 from mediphi.evaluate.text_scores import rouge_1
 from mediphi.generation import stop_ids
+from mediphi.phases import Training
 
 CPU = Device(type="cpu", name="test", precision="32-true", kernel="sdpa")
 NOBODY: Any = None
@@ -151,3 +156,51 @@ def test_answers_end_after_max_new_tokens(folder: Path, tokenizer: PreTrainedTok
     nine = nine._replace(reference=greedy(folder, tokenizer, nine.prompt_ids, new=9))
     results = [TaskScores(tokenizer, [nine], new, CPU).sit(spec_of(folder)) for new in (9, 3)]
     assert results[0][0].score == 1.0 > results[1][0].score
+
+
+# --- clusters
+
+
+def set_up_with_kin(folder: Path, stage: str, *, model: Path) -> Training:
+    """Three held-out rows about each of five texts: other worse answers, or other instructions."""
+    path = write_rows(folder / f"{stage}_heldout.jsonl", stage, count=12, start=3)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kin = {"dpo": "rejected_output", "sft": "instruction"}[stage]
+    with_text = [row for row in rows if row["input"].strip()][:5]
+    more = [{**row, kin: f"{row[kin]} {word}"} for row in with_text for word in ("Now.", "Why?")]
+    lines = [json.dumps(row) + "\n" for row in (*rows, *more)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return set_up(folder, stage, model=model)
+
+
+def group_ids(run: Training, folder: Path) -> dict[str, str]:
+    """What the records themselves say, by id."""
+    corpus = run.config.corpus
+    with read_documents(corpus, quarantine=folder / "bad.txt", spool_folder=folder) as reading:
+        return {record.id: record.group_id for record in reading.records("heldout")}
+
+
+def partition(names: dict[str, str]) -> set[frozenset[str]]:
+    """Which ids share a name."""
+    return {frozenset(i for i, own in names.items() if own == name) for name in names.values()}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_clusters_of_rows_are_their_records_groups(tmp_path: Path, folder: Path, stage: str):
+    run = set_up_with_kin(tmp_path, stage, model=folder)
+    groups, store = group_ids(run, tmp_path), run.data.heldout
+    found = {store.document_id(row): own for row, own in prompt_clusters(store).items()}
+    assert partition(found) == partition(groups)
+    assert {len(own) for own in partition(groups)} >= {1, 3}
+    exams = training._exams(run)
+    assert len(exams) == (2 if stage == "sft" else 1)
+    for exam in exams:
+        scored = exam.sit(first_backbone(run))
+        assert len(scored) > 12
+        assert {one.id: one.cluster for one in scored} == {one.id: found[one.id] for one in scored}
+
+
+def test_a_cluster_is_a_digest_that_names_neither_row_nor_text(store: TokenStore):
+    clusters = prompt_clusters(store)
+    assert sorted(clusters) == list(range(len(SIZES))) and len(set(clusters.values())) == len(SIZES)
+    assert all(len(name) == 16 and int(name, 16) for name in clusters.values())

@@ -25,7 +25,8 @@ from mediphi.backbone import (
     reload_and_compare,
 )
 from mediphi.checkpointing import PeriodicCheckpoint, SafeCheckpointIO, step_folder
-from mediphi.config.schema import Hardware, Lora
+from mediphi.config.schema import Hardware
+from mediphi.config.stages import Lora
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError, UserError

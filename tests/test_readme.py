@@ -16,7 +16,7 @@ from hydra.types import RunMode
 
 from mediphi.artifacts import publish
 from mediphi.config import Config, config_hash, load
-from mediphi.config.load import known_keys
+from mediphi.config.keys import keys_of
 from mediphi.door.compose import compose
 from mediphi.door.enter import forced
 from mediphi.sweep import expand, plan
@@ -216,7 +216,7 @@ def test_the_config_reference_has_every_key(monkeypatch: pytest.MonkeyPatch) -> 
     text = script("config_reference", monkeypatch).reference()
     for stage, source in [("pit", "jsonl"), ("dapt", "hub"), ("pit", "icd10cm")]:
         data = {"stage": {"kind": stage}, "corpus": {"sources": {"<name>": {"kind": source}}}}
-        keys = list(known_keys(Config, data))
+        keys = list(keys_of(Config, data).known)
         assert len(keys) > 80
         assert not [key for key in keys if f"| `{key}` |" not in text]
 

@@ -322,6 +322,24 @@ def test_the_exam_compares_with_the_reference_cached_live_or_none(tmp_path: Path
     assert exam_scores(none, policy) == by_margin(run, new) != expected
 
 
+def test_a_pass_builds_one_model_for_both_sides(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Counted around the real thing; a new run that finds the numbers builds none."""
+    built = []
+
+    def counting(spec: Any) -> Any:
+        built.append(spec)
+        return build_model(spec)
+
+    monkeypatch.setattr(causal_lm, "build_model", counting)
+    run = set_up(tmp_path, "dpo", model=model)
+    brought(run)
+    assert len(built) == 1
+    brought(run)
+    assert len(built) == 1
+
+
 # --- several ranks
 
 

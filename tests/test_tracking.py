@@ -1,5 +1,6 @@
 """One vocabulary of metrics; a CSV that survives interruption; W&B that leaks and stops nothing."""
 
+import csv
 import json
 import math
 import os
@@ -60,6 +61,18 @@ def test_groups_without_names_have_no_columns() -> None:
     names = header("tokens", {"kind": ["answer"]})
     assert "train/loss/kind/answer" in names
     assert not [name for name in names if "/source/" in name or "quiz" in name or "exam" in name]
+
+
+def test_a_split_may_have_names_of_its_own() -> None:
+    both = {"kind": ["answer"], "train/source": ["notes"], "heldout/source": ["letters"]}
+    names = header("tokens", both)
+    found = {name for name in names if "/loss/source/" in name or "/loss/kind/" in name}
+    assert found == {
+        "train/loss/source/notes",
+        "heldout/loss/source/letters",
+        "train/loss/kind/answer",
+        "heldout/loss/kind/answer",
+    }
 
 
 @pytest.mark.parametrize(
@@ -254,7 +267,9 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, capsys: Any)
 
     logger = started(tmp_path / "metrics.csv")
     logger.log_metrics({"train/loss": 2.0, "lr": 1e-3, "tokens_per_second": 41234.0}, step=1)
-    trainer: Any = SimpleNamespace(global_step=0, loggers=[logger], is_global_zero=True)
+    trainer: Any = SimpleNamespace(
+        global_step=0, loggers=[logger], is_global_zero=True, limit_val_batches=0
+    )
     progress: Any = make_progress("phase1", num_steps=2, every_seconds=0.0)
     progress.on_train_start(trainer, None)
     for trainer.global_step in (1, 1, 2):
@@ -264,6 +279,23 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, capsys: Any)
     first, last = lines.splitlines()
     assert first.startswith("phase1 step 1/2  loss 2.000  lr 1.0e-03  41,234 tok/s  ETA 0:00:0")
     assert last == "phase1 step 2/2  loss 2.000  lr 1.0e-03  41,234 tok/s"
+
+
+def test_the_bar_ends_on_the_last_evaluation(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toy_training import NUM_STEPS, train
+
+    from mediphi.tracking.progress import ProgressBar
+
+    monkeypatch.setenv("COLUMNS", "200")
+    train(tmp_path, callbacks=lambda _: [ProgressBar("phase1", num_steps=NUM_STEPS)])
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    *_, before, last = [float(row["heldout/loss"]) for row in rows if row["heldout/loss"]]
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert f"{NUM_STEPS}/{NUM_STEPS}" in shown and f"held-out {last:.3f}" in shown
+    assert f"{before:.3f}" != f"{last:.3f}"
 
 
 def test_importing_the_vocabulary_needs_no_torch() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mediphi import attention, hub
-from mediphi.config.schema import Lora
+from mediphi.config.stages import Lora
 from mediphi.errors import ArtifactError, UserError
 from mediphi.lora import add_adapters, merged_state, save_adapter
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mediphi.backbone import LOAD_ERRORS
 from mediphi.batches import IGNORE, Batch, PreferenceBatch
-from mediphi.config.schema import ChatStage, Config, DpoStage
+from mediphi.config.schema import Config
+from mediphi.config.stages import ChatStage, DpoStage
 from mediphi.engine import training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
@@ -30,6 +31,7 @@ class Budget:
         num_parameters: all of them.
         num_matmul_parameters: those in matrix products (without the embedding's look-up).
         num_head_parameters: of those the output head's, which works at targets only.
+        num_adapter_parameters: trained in place of all others; 0: all others are trained.
         weights_dtype: of the published weights.
         memory_bytes: estimated peak of one process.
         disk_bytes: run directory with checkpoints and model.
@@ -39,12 +41,17 @@ class Budget:
     num_parameters: int
     num_matmul_parameters: int
     num_head_parameters: int
+    num_adapter_parameters: int
     weights_dtype: torch.dtype
     memory_bytes: int
     disk_bytes: int
 
     def batch_flops(self, batch: Batch) -> float:
-        """Operations of training on a batch, attention by the pairs it really computes."""
+        """Operations of training on a batch, attention by the pairs it really computes.
+
+        Beside adapters the weights are frozen: they only hand a gradient on. Those of the first
+        layer that need not even that, as nothing below is trained, count like the others.
+        """
         lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
         pairs = float((lengths * (lengths + 1) / 2).sum())
         if isinstance(batch, PreferenceBatch):
@@ -54,14 +61,17 @@ class Budget:
                 pairs += float((prompt * (chosen + rejected)).sum())
         else:
             num_targets = int((batch.target_ids != IGNORE).sum())
+        num_body = self.num_matmul_parameters - self.num_head_parameters
         body = training_flops(
-            num_matmul_parameters=self.num_matmul_parameters - self.num_head_parameters,
+            num_matmul_parameters=num_body + self.num_adapter_parameters,
+            num_frozen_parameters=num_body if self.num_adapter_parameters else 0,
             hidden=self.model_config.hidden_size,
             layers=self.model_config.num_hidden_layers,
             pairs=int(pairs),
             tokens=batch.num_tokens,
         )
-        return body + 6.0 * self.num_head_parameters * num_targets
+        per_head_parameter = 4.0 if self.num_adapter_parameters else 6.0
+        return body + per_head_parameter * self.num_head_parameters * num_targets
 
 
 def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
@@ -87,7 +97,8 @@ def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
     num_parameters = sum(p.numel() for p in model.parameters())
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     num_matmul = sum(m.weight.numel() for m in linear)
-    trained = _num_trained(model, num_parameters, config)
+    num_adapter = _num_adapter_parameters(model, config)
+    trained = num_adapter or num_parameters
     state = trained * 12  # weights and AdamW's two moments
     keep = config.hardware.checkpoints.keep
     return Budget(
@@ -95,6 +106,7 @@ def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
         num_parameters=num_parameters,
         num_matmul_parameters=num_matmul,
         num_head_parameters=model_config.vocab_size * model_config.hidden_size,
+        num_adapter_parameters=num_adapter,
         weights_dtype=_dtype(model_config),
         memory_bytes=num_parameters * 4 * _num_copies(config)
         + trained * BYTES_PER_TRAINED
@@ -129,11 +141,11 @@ def show_phases(phases: Sequence[Any]) -> None:
         )
 
 
-def _num_trained(model: PreTrainedModel, num_parameters: int, config: Config) -> int:
-    """All parameters, or those of the adapters; adapters that cannot be are refused here."""
+def _num_adapter_parameters(model: PreTrainedModel, config: Config) -> int:
+    """Without adapters 0; adapters that cannot be are refused here."""
     stage = config.stage
     if not isinstance(stage, ChatStage) or stage.lora is None:
-        return num_parameters
+        return 0
     add_adapters(model, stage.lora, seed=0)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerFast
 
 from mediphi.backbone import BackboneSpec
@@ -16,7 +17,7 @@ from mediphi.evaluate.scores import Scored, Unit
 from mediphi.evaluate.text_scores import score_answer
 from mediphi.generation import answer
 from mediphi.modules.meters import UNNAMED, preferred
-from mediphi.records import LABELS
+from mediphi.records import LABELS, PIECE_KINDS
 
 HeldoutLogps = Callable[[BackboneSpec], NDArray[np.float32]]
 """A model -> log-probabilities of the held-out pairs' answers, `[documents, 2]`, NaN for what does
@@ -42,6 +43,7 @@ class TaskScores:
         return tuple(dict.fromkeys(prompt.task_type or UNNAMED for prompt in self.prompts))
 
     def sit(self, backbone: BackboneSpec) -> list[Scored]:
+        user = self.tokenizer.get_vocab()["<|user|>"]
         answers = answer(
             backbone,
             self.tokenizer,
@@ -50,7 +52,12 @@ class TaskScores:
             device=self.device,
         )
         return [
-            Scored(prompt.id, prompt.task_type or UNNAMED, _score(prompt, text))
+            Scored(
+                prompt.id,
+                prompt.task_type or UNNAMED,
+                _score(prompt, text),
+                cluster=_digest(_behind_system(prompt.prompt_ids, user)),
+            )
             for prompt, text in zip(self.prompts, answers, strict=True)
         ]
 
@@ -92,11 +99,47 @@ class PreferenceAccuracy:
         scores = preferred(torch.from_numpy(margin)).tolist()
         names = self.store.manifest.labels["error_type"]
         errors = self.store.labels[:, LABELS.index("error_type")].tolist()
+        clusters = prompt_clusters(self.store)
         scored = [
-            Scored(self.store.document_id(row), names[errors[row]] or UNNAMED, scores[row], 0.5)
+            Scored(
+                self.store.document_id(row),
+                names[errors[row]] or UNNAMED,
+                scores[row],
+                chance=0.5,
+                cluster=clusters[row],
+            )
             for row in np.flatnonzero(np.isfinite(margin)).tolist()
         ]
         return sorted(scored, key=lambda one: one.group)
+
+
+def prompt_clusters(store: TokenStore) -> dict[int, str]:
+    """Row of the store -> digest of its prompt, the same for rows whose answers are alike.
+
+    The system turn is left out: it holds the instruction, and rows that ask for several things
+    about one document are alike, too. In MediFlow's format such rows have one `group_id`.
+    """
+    first = np.flatnonzero(np.diff(store.pieces["document"].astype(np.int64), prepend=-1))
+    behind = np.append(first[1:], len(store.pieces))
+    is_pair = store.piece_kinds[behind - 1] == PIECE_KINDS.index("rejected")
+    has_system = store.piece_kinds[first] == PIECE_KINDS.index("system")
+    starts = store.piece_starts[first + has_system].tolist()
+    ends = store.piece_starts[behind - 1 - is_pair].tolist()
+    rows = store.pieces["document"][first].tolist()
+    return {
+        row: _digest(store.gather(np.arange(start, end)))
+        for row, start, end in zip(rows, starts, ends, strict=True)
+    }
+
+
+def _behind_system(prompt_ids: Sequence[int], user: int) -> Sequence[int]:
+    """The prompt from its first user turn on; a plain text has no turns."""
+    return prompt_ids[prompt_ids.index(user) :] if user in prompt_ids else prompt_ids
+
+
+def _digest(ids: ArrayLike) -> str:
+    """Names no text: what a digest stands for may be a patient's."""
+    return sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()[:16]
 
 
 def _score(prompt: HeldoutPrompt, text: str) -> float:

@@ -185,15 +185,23 @@ def limit_threads(hardware: Hardware) -> None:
 
 
 def training_flops(
-    *, num_matmul_parameters: int, hidden: int, layers: int, pairs: int, tokens: int
+    *,
+    num_matmul_parameters: int,
+    hidden: int,
+    layers: int,
+    pairs: int,
+    tokens: int,
+    num_frozen_parameters: int = 0,
 ) -> float:
     """Floating-point operations of forward and backward (Kaplan et al. 2020, eq. 2.2).
 
-    Six per parameter in a matrix product and token; attention by its true size: `pairs` counts the
-    (query, key) pairs that causal attention really computes, 12 operations per layer and hidden
-    unit each (two products, forward and twice backward).
+    Six per parameter in a matrix product and token, of `num_frozen_parameters` among them four:
+    they have no gradient of their own. Attention by its true size: `pairs` counts the (query, key)
+    pairs that causal attention really computes, 12 operations per layer and hidden unit each (two
+    products, forward and twice backward).
     """
-    return 6.0 * num_matmul_parameters * tokens + 12.0 * layers * hidden * pairs
+    per_token = 6.0 * num_matmul_parameters - 2.0 * num_frozen_parameters
+    return per_token * tokens + 12.0 * layers * hidden * pairs
 
 
 def peak_flops(device: Device) -> float:

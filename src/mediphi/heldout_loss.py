@@ -8,7 +8,8 @@ import torch
 
 from mediphi.backbone import BackboneSpec
 from mediphi.batches import IGNORE, TokenBatch
-from mediphi.config.schema import Optimizer, Phase
+from mediphi.chat_exams import prompt_clusters
+from mediphi.config.stages import Optimizer, Phase
 from mediphi.data.loader import NO_DOCUMENT, PackedLoader
 from mediphi.data.plan import PlanSettings, once_through
 from mediphi.data.tokens import TokenStore
@@ -54,7 +55,11 @@ class HeldoutLoss:
             for batch in PackedLoader(plan):
                 assert isinstance(batch, TokenBatch)
                 costs |= _costs(module.loss(batch.to(self.device.type)), batch)
-        return [Scored(self.store.document_id(row), ALL, costs[row]) for row in sorted(costs)]
+        clusters = prompt_clusters(self.store)
+        return [
+            Scored(self.store.document_id(row), ALL, costs[row], cluster=clusters[row])
+            for row in sorted(costs)
+        ]
 
 
 def _costs(out: Any, batch: TokenBatch) -> dict[int, float]:

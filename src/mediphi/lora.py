@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mediphi.config.schema import Lora
+from mediphi.config.stages import Lora
 from mediphi.errors import UserError
 
 ADAPTER = "default"

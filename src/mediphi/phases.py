@@ -23,7 +23,8 @@ from mediphi.checkpointing import (
     step_of,
 )
 from mediphi.config import config_hash
-from mediphi.config.schema import ChatStage, Config, DpoStage, Phase, SftStage
+from mediphi.config.schema import Config
+from mediphi.config.stages import ChatStage, DpoStage, Phase, SftStage
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.data.plan import PlanSettings

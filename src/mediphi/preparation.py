@@ -1,7 +1,8 @@
 """Corpus config -> token stores and quiz: everything that is done once, before training."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from mediphi import engine
 from mediphi.artifacts import write_atomic
 from mediphi.backbone import eos_id
 from mediphi.config.corpus import Corpus
-from mediphi.config.schema import Config, Quiz, TextStage
+from mediphi.config.schema import Config
+from mediphi.config.stages import Quiz, TextStage
 from mediphi.data.bad_rows import BadRows
 from mediphi.data.chat import ChatRenderer
 from mediphi.data.code_quiz import build_quiz
@@ -23,13 +25,14 @@ from mediphi.data.render import RENDER_VERSION, Rendered, pieces
 from mediphi.data.task_outputs import TaskOutputIndex, read_task_outputs
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore, open_store, store_path
+from mediphi.errors import UserError
 from mediphi.launch import rank
 from mediphi.records import Document, MultipleChoice, Preference, TaskOutput
 from mediphi.synthesize.rules import GENERATOR, generate
 
 PROVEN_FIRST, PROVEN_EVERY = 10_000, 100
-"""Conversations that are compared with the chat template: the first ones, then one in so many.
-What the template gives costs ten times as much as what we give."""
+"""Conversations that are compared with the chat template: the first ones, then one in so many,
+and all behind one that failed. What the template gives costs ten times as much as what we give."""
 
 Write = Callable[[Document], Sequence[TaskOutput]]
 
@@ -65,6 +68,11 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
         return _prepare(config, tokenizer, quiz=None)
     quiz = config.stage.quiz if isinstance(config.stage, TextStage) else None
     data = _prepare(config, tokenizer, quiz=quiz)
+    if not data.train.num_tokens:
+        raise UserError(
+            f"corpus {config.corpus.name!r}: nothing to train on, all is held out; see side of "
+            "corpus.sources and corpus.heldout_fraction"
+        )
     engine.wait_for_all()
     return data
 
@@ -80,14 +88,13 @@ def _prepare(
         side: _key(tokenizer, content, side, render=render.version) for side in SIDES
     }
     notes = cache / "corpora" / f"{content[:32]}.json"
+    quarantine = cache / "corpora" / f"{content[:32]}.quarantine.txt"
     known = notes.is_file() and all(store_path(cache, key).exists() for key in keys.values())
     if known and quiz is None:
         stores = {s: open_store(store_path(cache, k), check_hashes=True) for s, k in keys.items()}
-        return PreparedData(
-            **stores, questions=[], counts=json.loads(notes.read_text()), fingerprint=content
-        )
+        counts = render.settled(json.loads(notes.read_text()), stores, quarantine=quarantine)
+        return PreparedData(**stores, questions=[], counts=counts, fingerprint=content)
     cache.mkdir(parents=True, exist_ok=True)
-    quarantine = cache / "corpora" / f"{content[:32]}.quarantine.txt"
     quarantine.parent.mkdir(exist_ok=True)
     with read_documents(corpus, quarantine=quarantine, spool_folder=cache) as reading:
         counts = {name: asdict(count) for name, count in reading.counts.items()}
@@ -104,6 +111,7 @@ def _prepare(
         }
         questions = _questions(reading, quiz, seed=config.seed)
     write_atomic(notes, json.dumps(counts, indent=1))
+    counts = render.settled(counts, stores, quarantine=quarantine)
     return PreparedData(**stores, questions=questions, counts=counts, fingerprint=content)
 
 
@@ -133,12 +141,35 @@ class _Renderer:
 
     def begin(self, reading: CorpusReading, *, quarantine: Path, counts: dict[str, Any]) -> None:
         """Look at what was read: task outputs of documents may come from files."""
-        self._reading = reading
+        self._reading, self._quarantine = reading, quarantine
         if self._chat is None:
             self._write = _writer(self._corpus, reading, quarantine=quarantine, counts=counts)
 
     def rendered(self, side: Side) -> Iterator[Rendered]:
         return self._texts(side) if self._chat is None else self._chats(self._chat, side)
+
+    def settled(
+        self, counts: dict[str, Any], stores: Mapping[str, TokenStore], *, quarantine: Path
+    ) -> dict[str, Any]:
+        """The counts of reading less the conversations that no store has: they are bad rows too.
+
+        Raises:
+            DataError: more than `max_bad_share` of a source's rows were bad.
+        """
+        if self._chat is None:
+            return counts
+        corpus, settled = self._corpus, deepcopy(counts)
+        kept = {side: store.documents_per_source() for side, store in stores.items()}
+        for name in corpus.sources:
+            count = settled[name]
+            for side in SIDES:
+                failed = count[side] - kept[side].get(name, 0)
+                for key, change in ((side, -failed), ("read", -failed), ("rejected", failed)):
+                    count[key] += change
+            rows = BadRows(corpus.on_bad, max_share=corpus.max_bad_share, quarantine=quarantine)
+            rows.accepted, rows.rejected = count["read"], count["rejected"]
+            rows.close()
+        return settled
 
     def _texts(self, side: Side) -> Iterator[Rendered]:
         for document in self._reading.records(side):
@@ -148,13 +179,18 @@ class _Renderer:
 
     def _chats(self, renderer: ChatRenderer, side: Side) -> Iterator[Rendered]:
         """Each compared with the model's own chat template, where there are many a sample."""
-        for number, record in enumerate(self._reading.records(side)):
-            assert not isinstance(record, Document)
-            is_pair = isinstance(record, Preference)
-            rendered = renderer.preference(record) if is_pair else renderer.conversation(record)
-            if number < PROVEN_FIRST or number % PROVEN_EVERY == 0:
-                renderer.prove(record, rendered)
-            yield rendered
+        with BadRows(self._corpus.on_bad, max_share=1.0, quarantine=self._quarantine) as bad_rows:
+            for number, record in enumerate(self._reading.records(side)):
+                assert not isinstance(record, Document)
+                is_pair = isinstance(record, Preference)
+                rendered = renderer.preference(record) if is_pair else renderer.conversation(record)
+                if number < PROVEN_FIRST or number % PROVEN_EVERY == 0 or bad_rows.rejected:
+                    try:
+                        renderer.prove(record, rendered)
+                    except ValueError as reason:
+                        bad_rows.reject(*record.place, str(reason))
+                        continue
+                yield rendered
 
 
 def _writer(

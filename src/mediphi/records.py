@@ -27,7 +27,7 @@ PieceKind = Literal[
 ]
 """What a run of tokens is: a document, a task output about it, or a part of a conversation.
 
-`answer` is what SFT learns, `context` an earlier answer of a preference's prompt.
+`answer` is what SFT learns, `context` an answer that stands in a prompt.
 """
 
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
@@ -75,6 +75,16 @@ class Turn(NamedTuple):
     text: str
 
 
+class Place(NamedTuple):
+    """Where a row stands: its file, and the line or row from 1."""
+
+    file: str
+    line: int
+
+
+NOWHERE = Place("", 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What SFT trains on.
@@ -89,6 +99,8 @@ class Conversation:
             (one `user` turn and one `assistant` turn, blanks kept).
         labels: values of `LABELS` that the row has, and `input_data`, `output_format`.
         quality: score of a judge, higher is better; None: not judged.
+        num_prompt_turns: the first so many turns are a prompt: answers among them are not learnt.
+        place: file and line that it came from, to name it; decides nothing.
     """
 
     id: str
@@ -98,6 +110,8 @@ class Conversation:
     is_chat: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
     quality: float | None = None
+    num_prompt_turns: int = 0
+    place: Place = field(default=NOWHERE, compare=False)
 
     @property
     def text(self) -> str:
@@ -112,7 +126,7 @@ class Preference:
     Attributes:
         prompt: like `Conversation.turns`, but a `user` turn last.
         chosen, rejected: the two answers, different and not empty.
-        id, group_id, source, is_chat, labels, quality: as of a `Conversation`.
+        id, group_id, source, is_chat, labels, quality, place: as of a `Conversation`.
     """
 
     id: str
@@ -124,6 +138,7 @@ class Preference:
     is_chat: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
     quality: float | None = None
+    place: Place = field(default=NOWHERE, compare=False)
 
     @property
     def text(self) -> str:

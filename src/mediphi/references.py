@@ -27,7 +27,7 @@ from mediphi.artifacts import locked, write_atomic
 from mediphi.backbone import BackboneSpec
 from mediphi.chat_exams import PreferenceAccuracy
 from mediphi.checkpointing import SafeCheckpointIO
-from mediphi.config.schema import DpoStage
+from mediphi.config.stages import DpoStage
 from mediphi.data.datamodule import References
 from mediphi.data.fingerprint import FileHashes
 from mediphi.data.loader import PackedLoader
@@ -75,18 +75,14 @@ def bring_references(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> 
 
 def preference_exam(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> PreferenceAccuracy:
     """Held-out preference accuracy against the model that training starts from, on rank 0."""
-    stage, store = run.config.stage, plan.data.heldout
-    assert isinstance(stage, DpoStage) and store is not None
-    pairs = None
-    if store.num_tokens:
-        pairs = once_through(store, replace(plan.data.settings, world_size=1))
+    stage, store = run.config.stage, run.data.heldout
+    assert isinstance(stage, DpoStage)
+    pairs = once_through(store, replace(plan.data.settings, world_size=1))
     tokens = np.zeros((store.manifest.num_documents, 2), dtype=np.int64)
-    if pairs is not None:
-        tokens[pairs.sequences.document] = pairs.sequences.parts[:, 1:]
+    tokens[pairs.sequences.document] = pairs.sequences.parts[:, 1:]
 
     def heldout_logps(model: BackboneSpec) -> Logps:
-        logps = _here(_module(run, plan, model), pairs, run.device, size=len(tokens))
-        return logps if pairs is None else _finite(logps, pairs)
+        return _here(_module(run, plan, model), pairs, run.device)
 
     @cache
     def reference() -> Logps | None:
@@ -105,70 +101,58 @@ def preference_exam(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> P
 
 def _compute(run: Training, plan: PhasePlan, backbone: BackboneSpec, path: Path) -> None:
     started = time.monotonic()
-    sides = {"train": plan.data.train, "heldout": plan.data.heldout}
-    found = {
-        name: np.empty((0, 2), dtype=np.float32)
-        if store is None
-        else _everywhere(run, plan, backbone, store, title=f"reference, {name}")
-        for name, store in sides.items()
-    }
+    module = _module(run, plan, backbone)  # built by the first side, kept for the second
+    sides = {"train": run.data.train, "heldout": run.data.heldout}
+    found = [_everywhere(run, plan, module, store, side=side) for side, store in sides.items()]
     if rank() == 0:
-        _write(path, References(**found))
-        count, seconds = sum(map(len, found.values())), time.monotonic() - started
+        _write(path, References(*found))
+        count, seconds = sum(map(len, found)), time.monotonic() - started
         print(f"reference   {count:,} pairs in {seconds:.1f} s, kept in {path}", flush=True)
 
 
 def _everywhere(
-    run: Training, plan: PhasePlan, backbone: BackboneSpec, store: TokenStore, *, title: str
+    run: Training, plan: PhasePlan, module: DpoModule, store: TokenStore, *, side: str
 ) -> Logps:
     """Log-probabilities of all pairs of a store, each rank computing its share."""
-    size = store.manifest.num_documents
-    if not store.num_tokens:
-        return np.full((size, 2), np.nan, dtype=np.float32)
+    if not store.num_tokens:  # nothing is held out
+        return np.empty((0, 2), dtype=np.float32)
     pairs = once_through(store, plan.data.settings)
+    num_steps = pairs.num_steps * pairs.accumulate
     trainer = engine.make_trainer(
         run.config.hardware,
         run.device,
         checkpoint_io=SafeCheckpointIO(),
-        callbacks=[make_progress(title, num_steps=pairs.num_steps * pairs.accumulate)],
+        callbacks=[make_progress(f"reference, {side}", num_steps=num_steps)],
         loggers=[],
         loop={},
     )
     loader: Any = PackedLoader(pairs, rank=rank())
-    found: Any = trainer.predict(_module(run, plan, backbone), loader)
+    found: Any = trainer.predict(module, loader)
     shares = engine.from_all_ranks(found or [])
-    return _finite(_filled((scored for share in shares for scored in share), size), pairs)
+    return _by_row((scored for share in shares for scored in share), pairs)
 
 
-def _finite(logps: Logps, pairs: TrainingPlan) -> Logps:
-    """The same, where every pair that fits into a row has its numbers."""
+@torch.inference_mode()
+def _here(module: DpoModule, pairs: TrainingPlan, device: engine.Device) -> Logps:
+    """The same on this rank alone."""
+    module.configure_model()
+    module.eval().to(device.type)
+    batches: Any = PackedLoader(pairs)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.precision == "bf16-mixed"):
+        return _by_row((module.predict_step(b.to(device.type), 0) for b in batches), pairs)
+
+
+def _by_row(scored: Iterable[ScoredPairs], pairs: TrainingPlan) -> Logps:
+    """By row of the store; NaN where a pair does not fit into a row of the plan."""
+    logps = np.full((pairs.store.manifest.num_documents, 2), np.nan, dtype=np.float32)
+    for rows, values in scored:
+        logps[rows.numpy()] = values.numpy()
     fitting = pairs.sequences.document
     if len(bad := fitting[~np.isfinite(logps[fitting]).all(axis=1)]):
         raise UserError(
             f"log-probabilities of {len(bad)} pairs are not finite, the first is "
             f"{pairs.store.document_id(int(bad[0]))}: look at the model's weights and at this pair"
         )
-    return logps
-
-
-@torch.inference_mode()
-def _here(
-    module: DpoModule, pairs: TrainingPlan | None, device: engine.Device, *, size: int
-) -> Logps:
-    """The same on this rank alone."""
-    module.configure_model()
-    module.eval().to(device.type)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.precision == "bf16-mixed")
-    batches: Any = [] if pairs is None else PackedLoader(pairs)
-    with autocast:
-        return _filled((module.predict_step(b.to(device.type), 0) for b in batches), size)
-
-
-def _filled(scored: Iterable[ScoredPairs], size: int) -> Logps:
-    """By row of the store; NaN where nothing was computed."""
-    logps = np.full((size, 2), np.nan, dtype=np.float32)
-    for rows, values in scored:
-        logps[rows.numpy()] = values.numpy()
     return logps
 
 
@@ -185,7 +169,7 @@ def _module(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> DpoModule
 
 
 def _key(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> str:
-    stores = [store for store in (plan.data.train, plan.data.heldout) if store is not None]
+    stores = (run.data.train, run.data.heldout)
     facts = {
         "version": VERSION,
         "weights": _weights(backbone, FileHashes(Path(run.config.paths.cache))),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mediphi import launch
 from mediphi.announcement import announce
-from mediphi.artifacts import check_data, named_parents, open_run
+from mediphi.artifacts import check_data, named_parents, open_run, plain_folder
 from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
 from mediphi.data.fingerprint import fingerprint
@@ -52,6 +52,7 @@ def _refuse_changed_inputs(config: Config) -> None:
         content = fingerprint(config.corpus, cache=Path(config.paths.cache))
     except DataError:
         content = None
-    model = config.model
-    parents = named_parents(model.folder) if model.is_pretrained else None
-    check_data(run_dir(config), content, parents=parents)
+    parents = plain = None
+    if config.model.is_pretrained:
+        parents, plain = named_parents(config.model.folder), plain_folder(config.model.folder)
+    check_data(run_dir(config), content, parents=parents, folder=plain)

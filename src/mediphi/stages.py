@@ -1,12 +1,13 @@
 """What sets the training stages apart: their phases, their sequences, their module."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mediphi.backbone import BackboneSpec
-from mediphi.config.schema import Config, DaptStage, DpoStage, Phase, PitStage, SftStage
+from mediphi.config.schema import Config
+from mediphi.config.stages import DaptStage, DpoStage, Phase, PitStage, SftStage
 from mediphi.data.datamodule import PackedDataModule
+from mediphi.data.groups import group_names
 from mediphi.data.sequences import CHAT_KINDS, PAIR_KINDS, Layout
 from mediphi.modules import dpo
 from mediphi.modules.causal_lm import CausalLMModule
@@ -55,20 +56,24 @@ def objective_of(stage: TrainingStage) -> Objective:
     return "pairs" if isinstance(stage, DpoStage) else "tokens"
 
 
-def metric_groups(config: Config, data: PackedDataModule) -> dict[str, list[str]]:
-    """Names that fill the slots of metric names."""
-    stage, names = config.stage, data.group_names
-    kinds = [*data.settings.learnt] if isinstance(stage, SftStage) else None
-    return {
-        "kind": kinds or ["document", *config.corpus.task_kinds],
-        "source": list(names["source"]),
-        "task": _named(names["task_type"]),
-        "error": _named(names["error_type"]),
-    }
-
-
-def _named(names: Sequence[str]) -> list[str]:
-    return [name or UNNAMED for name in names] if any(names) else []
+def metric_groups(stage: TrainingStage, data: PackedDataModule) -> dict[str, list[str]]:
+    """Names that fill the slots of metric names: of each split those that its text has."""
+    read = {kind for phase in phases_of(stage) for kind in phase.learnt or phase.kinds}
+    found: dict[str, list[str]] = {}
+    for split, store in (("train", data.train), ("heldout", data.heldout)):
+        if store is None:
+            continue
+        kinds = read.intersection(count.kind for count in store.manifest.counts)
+        names = group_names([store])
+        found |= {
+            f"{split}/kind": [kind for kind in PIECE_KINDS if kind in kinds],
+            f"{split}/source": list(names["source"]),
+        }
+        for slot, label in (("task", "task_type"), ("error", "error_type")):
+            # Rows without a name are told apart only where others have one, on whichever side.
+            is_named = any(data.group_names[label])
+            found[f"{split}/{slot}"] = [n or UNNAMED for n in names[label]] if is_named else []
+    return found
 
 
 def make_module(

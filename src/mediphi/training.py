@@ -15,6 +15,7 @@ from mediphi import engine, tracking
 from mediphi.artifacts import (
     check_data,
     free_space,
+    plain_folder,
     preflight_space,
     verified_parent,
     verify,
@@ -31,7 +32,8 @@ from mediphi.budget import estimate, show_phases, show_plan
 from mediphi.chat_exams import TaskScores
 from mediphi.checkpointing import remove_checkpoints
 from mediphi.config import run_dir, run_name
-from mediphi.config.schema import ChatStage, Config, DpoStage, SftStage
+from mediphi.config.schema import Config
+from mediphi.config.stages import ChatStage, DpoStage, SftStage
 from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.errors import ArtifactError
 from mediphi.evaluate.scores import OVERALL, Scored, summarise
@@ -77,18 +79,18 @@ def _set_up(config: Config) -> Training:
     stage = config.stage
     shares = isinstance(stage, DpoStage) and stage.share_prompt
     device = engine.resolve(config.hardware, shares_prompts=shares)
-    parent = None
+    parent = plain = None
     folder = resolve_folder(config.model.folder)
     if config.model.is_pretrained:
         check_weights(folder)
-        parent = verified_parent(Path(folder))
+        parent, plain = verified_parent(Path(folder)), plain_folder(folder)
     parents = {} if parent is None else {"model": parent}
     tokenizer = load_tokenizer(folder, revision=config.model.revision)
     budget = estimate(folder, config=config, loss_chunk_tokens=device.loss_chunk_tokens)
     check_vocabulary(tokenizer, budget.model_config)
     data = prepare(config, tokenizer)
     if rank() == 0 and not config.check_only:
-        check_data(run_dir(config), data.fingerprint, parents=parents)
+        check_data(run_dir(config), data.fingerprint, parents=parents, folder=plain)
     phases = plan_phases(config, data=data, model_config=budget.model_config)
     return Training(config, device, tokenizer, data, phases, budget, run_dir(config), parents)
 
@@ -107,7 +109,7 @@ def _train(run: Training) -> RunResult:
         run_name=run_name(config),
         header=header(
             objective_of(config.stage),
-            {**metric_groups(config, run.phases[0].data), **_exam_columns(exams)},
+            {**metric_groups(config.stage, run.phases[0].data), **_exam_columns(exams)},
         ),
         config_dict=config.model_dump(mode="json"),
     )

@@ -20,7 +20,12 @@ ONE_PROBLEM = [
     (["stage=pitt"], "stage=pitt: allowed: dapt, dpo, pit, sft; did you mean pit?"),
     (["logger=foo"], "logger=foo: allowed: csv, tensorboard, wandb"),
     (["corpus=medcod"], "did you mean medcode?"),
-    (["corpus=paper/medcod"], "did you mean medcode?"),
+    (["corpus=paper/medcod"], "corpus=paper/medcod: allowed: paper/clinical, "),
+    (["corpus=paper/medcod"], "did you mean paper/medcode?"),
+    (["corpus=data/a.jsonl"], "your own: corpus=local corpus.sources.mine.path=data/a.jsonl"),
+    (["corpus=a.jsonl"], "corpus=a.jsonl: allowed: clinical, "),
+    (["model=runs/pit/a"], "model=runs/pit/a: allowed: phi35_mini, tiny; your own: model.path=ru"),
+    (["model=microsoft/Phi-3.5-mini-instruct"], "your own: model.path=microsoft/Phi-3.5-mini-ins"),
     (["model=tinyy"], "model=tinyy: allowed: phi35_mini, tiny; did you mean tiny?"),
     (["hardware=cpuu"], "did you mean cpu?"),
     (["experiment=smok"], "did you mean smoke?"),
@@ -54,7 +59,7 @@ ONE_PROBLEM = [
     (["global_batch=4"], "did you mean stage.global_batch?"),
     (["hardware.device=2"], "did you mean hardware.devices?"),
     (["stage.optimizer.betta2=0.9"], "did you mean stage.optimizer.beta2?"),
-    (["stage=dapt", "stage.phase2.lr=1"], "unknown key"),
+    (["stage=dapt", "stage.phase2.lr=1"], "stage=dapt has no such key, pit has; did you mean"),
     (["logger.password_file=x"], "unknown key"),
     # Wrong types; text is not a number and true is not one.
     (["seed=abc"], "seed=abc: must be a whole number"),
@@ -68,7 +73,9 @@ ONE_PROBLEM = [
     (["stage.phase1.lr=hello"], "stage.phase1.lr=hello: must be a number"),
     (["stage.phase1.lr=true"], "must be a number"),
     (["stage.phase1.lr=''"], "must be a number"),
-    (["stage.phase1=3"], "must be a section"),
+    (["stage.phase1=3"], "must be a section with keys lr, schedule, "),
+    (["corpus.sources={a:3}"], "corpus.sources.a=3: must be a section with keys of its own"),
+    (["stage.quiz=true"], "must be null or a section with keys num_questions, "),
     (["~stage.phase1.lr", "+stage.phase1.lr.x=3"], "must be a number"),
     (["check_only=maybe"], "must be true or false"),
     (["check_only=1"], "must be true or false"),
@@ -141,10 +148,16 @@ LOCAL = ["stage=sft", "corpus=local", "corpus.sources.mine.format=messages"]
 CHAT_PROBLEM = [
     # A stage and its corpus.
     (["stage=sft"], "stage=sft reads conversations, the corpus 'medcode' yields plain text; take"),
-    (["stage=sft", "corpus=local"], "take corpus=mediflow, or set the sources' format"),
+    (["stage=sft"], "take corpus=mediflow"),
+    (
+        ["stage=sft", "corpus=local"],
+        "take corpus=mediflow, or set corpus.sources.mine.format to me",
+    ),
+    ([*LOCAL, "stage=dpo"], "corpus.sources.mine.format to preference or mediflow_dpo"),
+    ([*LOCAL, "stage=pit"], "take corpus=medcode, or set corpus.sources.mine.format to text"),
     (["stage=dpo"], "stage=dpo reads preference pairs, the corpus 'medcode' yields plain text"),
     (["stage=dpo", "corpus=mediflow"], "yields conversations; take corpus=mediflow_dpo"),
-    (["stage=sft", "corpus=mediflow_dpo"], "yields preference pairs; take corpus=mediflow,"),
+    (["stage=sft", "corpus=mediflow_dpo"], "yields preference pairs; take corpus=mediflow"),
     (["stage=dapt", "corpus=mediflow"], "take corpus=medcode"),
     (["experiment=smoke_sftt"], "did you mean smoke_sft?"),
     (["stage=sfd", "corpus=mediflow"], "stage=sfd: allowed: dapt, dpo, pit, sft"),
@@ -160,7 +173,9 @@ CHAT_PROBLEM = [
     # Keys of both stages.
     ([*DPO, "stage.too_long=cut"], "stage.too_long=cut: allowed: drop, refuse"),
     ([*SFT, "stage.too_long=refused"], "did you mean refuse?"),
-    ([*DPO, "stage.lora=16"], "stage.lora=16: must be a section"),
+    ([*DPO, "stage.lora=16"], "stage.lora=16: must be null or a section with keys rank, alpha, "),
+    (["stage.lora.rank=8"], 'stage.lora={"rank": 8}: stage=pit has no such key, sft and dpo have'),
+    (["stage.phase.lr=1"], "stage=pit has no such key, dapt, sft and dpo have; did you mean stage"),
     ([*DPO, "stage.lora.rnak=4"], "did you mean stage.lora.rank?"),
     ([*SFT, "stage.lora.rank=0"], "stage.lora.rank=0: must be > 0"),
     ([*SFT, "stage.lora.alpha=-1"], "stage.lora.alpha=-1: must be > 0"),
@@ -177,8 +192,12 @@ CHAT_PROBLEM = [
     ([*SFT, "stage.num_samples=-1"], "stage.num_samples=-1: must be >= 0"),
     ([*SFT, "stage.exam.per_task=0"], "stage.exam.per_task=0: must be > 0"),
     ([*SFT, "stage.exam.max_tokens=9"], "did you mean stage.exam.max_new_tokens?"),
-    ([*SFT, "stage.exam=3"], "stage.exam=3: must be a section"),
-    ([*SFT, "stage.beta=0.1"], "stage.beta=0.1: unknown key"),
+    ([*SFT, "stage.exam=3"], "stage.exam=3: must be null or a section with keys per_task, max_n"),
+    ([*SFT, "stage.beta=0.1"], "stage.beta=0.1: stage=sft has no such key, dpo has"),
+    ([*SFT, "stage.quiz=null"], "stage.quiz=null: stage=sft has no such key, pit and dapt have"),
+    ([*SFT, "lora.rank=16"], 'lora={"rank": 16}: unknown key; did you mean stage.lora?'),
+    ([*SFT, "stage.lr=1e-3"], "stage.lr=0.001: unknown key; did you mean stage.phase.lr?"),
+    ([*SFT, "stage.kind=dpo"], "stage=dpo reads preference pairs, the corpus 'mediflow' yields co"),
     # Keys of DPO.
     ([*DPO, "+stage.betta=1"], "stage.betta=1: unknown key; did you mean stage.beta?"),
     ([*DPO, "stage.beta=0"], "stage.beta=0: must be > 0"),
@@ -192,7 +211,20 @@ CHAT_PROBLEM = [
     ([*DPO, "stage.reference=cache"], "allowed: cached, live, none; did you mean cached?"),
     ([*DPO, "stage.reference=false"], "allowed: cached, live, none"),
     ([*DPO, "stage.share_prompt=maybe"], "must be true or false"),
-    ([*DPO, "stage.exam.per_task=2"], "unknown key"),
+    ([*DPO, "stage.exam.per_task=2"], "stage=dpo has no such key, sft has"),
+    ([*DPO, "beta=0.3"], "beta=0.3: unknown key; did you mean stage.beta?"),
+    ([*DPO, "stage.epochs=2"], "stage.epochs=2: unknown key; did you mean stage.phase.epochs?"),
+    # An experiment with another stage or corpus than its own.
+    (
+        ["experiment=smoke_dpo", "corpus=mediflow"],
+        "corpus.sources.mediflow_dpo.kind: missing; corpus.sources has mediflow, mediflow_heldout, "
+        "questions, questions_heldout: leave out what sets mediflow_dpo (an override, the experi",
+    ),
+    (["experiment=smoke_dpo", "stage=sft"], "stage=sft reads conversations, the corpus 'mediflow_"),
+    (["experiment=smoke", "stage=dapt"], "stage.phase1={"),
+    (["experiment=smoke_dapt", "stage=dpo"], "stage=dpo reads preference pairs, the corpus 'medc"),
+    ([*SFT, "corpus.sources.mine.path=a"], "has mediflow, mediflow_heldout, questions, questions_"),
+    (["corpus.sources.icd10cm.text_field=a"], "kind=icd10cm has no such key, jsonl, parquet, tex"),
 ]
 
 
@@ -251,6 +283,22 @@ def test_every_schema_key_can_be_given_plainly(override: str) -> None:
 )
 def test_every_key_of_a_chat_stage_can_be_given_plainly(overrides: list[str]) -> None:
     assert report(*overrides) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smok", "--config-name=smok: no such config; allowed: config"),
+        ("confg", "--config-name=confg: no such config; allowed: config; did you mean config?"),
+        (
+            "smoke_sft",
+            "--config-name=smoke_sft: no such config; allowed: config; "
+            "did you mean experiment=smoke_sft?",
+        ),
+    ],
+)
+def test_an_unknown_config_name_is_told_once(name: str, expected: str) -> None:
+    assert report("seed=1", "stage=sft", name=name) == [expected]
 
 
 def test_all_problems_come_in_one_report() -> None:

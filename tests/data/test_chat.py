@@ -19,7 +19,7 @@ from mediphi.data.render import neutralise
 from mediphi.data.sequences import CHAT_KINDS
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey
-from mediphi.errors import DataError
+from mediphi.errors import DataError, UserError
 from mediphi.records import Conversation, Preference, Turn
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -107,13 +107,44 @@ def test_the_templates_own_assistant_mask_is_empty(tokenizer: PreTrainedTokenize
     assert not any(out["assistant_masks"])
 
 
-def test_another_template_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    tokenizer.save_pretrained(tmp_path)
-    other = AutoTokenizer.from_pretrained(tmp_path)
-    other.chat_template = other.chat_template.replace("<|assistant|>", "<|assistant|>Answer:")
+def with_template(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, old: str, new: str
+) -> PreTrainedTokenizerFast:
+    tokenizer.save_pretrained(folder)
+    other = AutoTokenizer.from_pretrained(folder)
+    assert old in other.chat_template
+    other.chat_template = other.chat_template.replace(old, new)
+    return other
+
+
+@pytest.mark.parametrize("answer", ["<|assistant|>Answer:", "{{ raise_exception('no answers') }}"])
+def test_another_template_is_refused_before_any_row_is_read(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, answer: str
+):
+    other = with_template(tokenizer, tmp_path, "<|assistant|>", answer)
+    with pytest.raises(UserError, match=r"chat template gives other tokens .* take a model whose"):
+        ChatRenderer(other)
+
+
+THINKING = "message['content'].split('</think>')[-1]"
+REFUSING = "('</think>' in message['content'] and raise_exception('no')) or message['content']"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(THINKING, "gives other tokens for this row"), (REFUSING, "refuses this")]
+)
+def test_a_row_that_the_template_treats_apart_is_told_without_its_text(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, text: str, reason: str
+):
+    """As templates of thinking models do: what stands before `</think>` is dropped."""
+    other = with_template(tokenizer, tmp_path, "message['content']", f"({text})")
     renderer = ChatRenderer(other)
-    with pytest.raises(DataError, match="a/1: the tokenizer's chat template gives other tokens"):
-        renderer.prove(talk(*TALK), renderer.conversation(talk(*TALK)))
+    renderer.prove(talk(*TALK), renderer.conversation(talk(*TALK)))
+    odd = talk(TALK[1], Turn("assistant", "canary</think> Yes."))
+    with pytest.raises(ValueError, match=reason) as caught:
+        renderer.prove(odd, renderer.conversation(odd))
+    assert "canary" not in str(caught.value)
+    assert renderer.version != ChatRenderer(tokenizer).version  # other rows may be set aside
 
 
 def test_a_span_that_is_not_the_answer_is_refused(tokenizer: PreTrainedTokenizerFast):
@@ -124,7 +155,7 @@ def test_a_span_that_is_not_the_answer_is_refused(tokenizer: PreTrainedTokenizer
     cut = answer._replace(text="", prefix=tuple(ids[1:-1]))  # one token is context now
     shifted = second._replace(suffix=(*(second.suffix or ()), ids[0]))
     wrong = rendered._replace(pieces=[first, shifted, cut])
-    with pytest.raises(DataError, match="do not decode to its answer"):
+    with pytest.raises(ValueError, match="an answer do not decode to the answer"):
         renderer.prove(talk(*TALK[:3]), wrong)
 
 
@@ -146,7 +177,10 @@ def test_what_is_learnt_decodes_to_the_answers(
     renderer = ChatRenderer(tokenizer)
     chosen = [row for number, row in enumerate(rows("mediflow/heldout")) if number % 7 == 0][:40]
     records = [conversation(row, number) for number, row in enumerate(chosen)]
-    records.append(Conversation("a/talk", "g", "a", TALK))
+    records += [
+        Conversation(f"a/talk {given}", "g", "a", TALK, num_prompt_turns=given)
+        for given in (0, 2, 4)
+    ]
     key = StoreKey(tokenizer_sha256(tokenizer), renderer.version, "rows", "train", 32000)
     store = build_store(
         map(renderer.conversation, records), cache=tmp_path, tokenizer=tokenizer, key=key
@@ -161,8 +195,9 @@ def test_what_is_learnt_decodes_to_the_answers(
         targets += int((batch.target_ids != IGNORE).sum())
         ends = batch.cu_seqlens.tolist()
         for start, end, row in zip(ends, ends[1:], batch.document_index.tolist(), strict=False):
-            said = records[row].turns
-            wanted = [t for t in said if learnt != ("answer",) or t.role == "assistant"]
+            said, given = records[row].turns, records[row].num_prompt_turns
+            answers = [t for t in said[given:] if t.role == "assistant"]
+            wanted = answers if learnt == ("answer",) else said
             ids = batch.target_ids[0, start:end]
             learnt_ids = ids[ids != IGNORE].tolist()
             text = tokenizer.decode(learnt_ids, skip_special_tokens=True)

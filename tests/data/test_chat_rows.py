@@ -66,6 +66,13 @@ def prompts(draw: st.DrawFn, max_rounds: int = 2) -> list[dict[str, Any]]:
 answers = chat_texts.map(lambda text: [message("assistant", text)])
 
 
+@st.composite
+def completions(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """An answer, then some rounds."""
+    rounds = [*draw(prompts()), *draw(answers)] if draw(st.booleans()) else []
+    return [*draw(answers), *(m for m in rounds if m["role"] != "system")]
+
+
 @pytest.fixture(scope="module")
 def trl() -> ModuleType:
     pytest.importorskip("trl")
@@ -97,7 +104,7 @@ def test_messages_render_as_trl_renders_them(
 
 
 @settings(deadline=None)
-@given(prompts(max_rounds=0), answers)
+@given(prompts(), completions())
 def test_prompt_and_completion_render_as_trl_renders_them(
     trl: ModuleType, tokenizer: PreTrainedTokenizerBase, prompt: list, completion: list
 ) -> None:
@@ -105,6 +112,7 @@ def test_prompt_and_completion_render_as_trl_renders_them(
     found = parts(row, "prompt_completion")
     assert isinstance(found, Dialogue)
     assert found.is_chat is trl.is_conversational(row) is True
+    assert told(*found.turns[: found.num_prompt_turns]) == prompt
     expected = trl.apply_chat_template(row, tokenizer)
     assert rendered(tokenizer, *found.turns) == expected["prompt"] + expected["completion"]
 
@@ -338,7 +346,11 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
     "quality_is_huge": ("mediflow", MEDIFLOW | {"quality": 10**400}, "'quality' is not finite"),
     "no_rejected": ("mediflow_dpo", MEDIFLOW, "field 'rejected_output' is null"),
     "same_answers": ("mediflow_dpo", MEDIFLOW | {"rejected_output": "A cough. "}, "are the same"),
-    "no_messages": ("messages", {"conversations": [U, A]}, "field 'messages' is missing"),
+    "no_messages": (
+        "messages",
+        {"conversations": [U, A]},
+        "is missing, format=messages needs messages",
+    ),
     "null_messages": ("messages", {"messages": None}, "'messages' is null, expected a list"),
     "text_messages": ("messages", {"messages": SECRET}, "'messages' is str, expected a list"),
     "empty_messages": ("messages", {"messages": []}, "field 'messages' is empty"),
@@ -390,9 +402,15 @@ BAD_ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "blank": ("prompt_completion", {"prompt": "q", "completion": " "}, "'completion' is empty"),
     "worse": ("prompt_completion", {"prompt": "q", "completion": "a", "label": False}, "is false"),
-    "two": ("prompt_completion", {"prompt": [U], "completion": [A, U]}, "has 2 messages, expected"),
-    "of_user": ("prompt_completion", {"prompt": [U], "completion": [U]}, "is of the user, expect"),
-    "history": ("prompt_completion", {"prompt": [U, A, U], "completion": [A]}, "holds an answer"),
+    "two": ("prompt_completion", {"prompt": [U], "completion": [A, U]}, "must end with a message"),
+    "of_user": ("prompt_completion", {"prompt": [U], "completion": [U]}, "has user where assistan"),
+    "of_system": ("prompt_completion", {"prompt": [U], "completion": [S, A]}, "has system where a"),
+    "void": (
+        "prompt_completion",
+        {"prompt": [U], "completion": [message("system", ""), A]},
+        "'completion' has system where assistant is due",
+    ),
+    "no_completion": ("prompt_completion", {"prompt": [U], "completion": []}, "is empty"),
     "answered": ("prompt_completion", {"prompt": [U, A], "completion": [A]}, "must end with a mes"),
     "same_text": ("preference", {"prompt": "q", "chosen": SECRET, "rejected": SECRET}, "the same"),
     "same_whole": ("preference", {"chosen": "a b c", "rejected": "a b c"}, "are the same"),

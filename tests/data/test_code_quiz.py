@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mediphi.config.corpus import Icd10cmSource, Licence
-from mediphi.config.schema import Quiz
+from mediphi.config.stages import Quiz
 from mediphi.data.bad_rows import BadRows
 from mediphi.data.code_quiz import build_quiz
 from mediphi.data.sources import icd10cm

@@ -28,10 +28,10 @@ SECRET = "kanari-patient"
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["stage=sft", *CODES], ["stage=sft reads conversations", "take corpus=mediflow, or"]),
+        (["stage=sft", *CODES], ["stage=sft reads conversations", "take corpus=mediflow"]),
         (["stage=dpo", *CODES], ["yields plain text; take corpus=mediflow_dpo"]),
         (["stage=dpo", "corpus=mediflow"], ["yields conversations; take corpus=mediflow_dpo"]),
-        (["stage=sft", "corpus=mediflow_dpo"], ["preference pairs; take corpus=mediflow, or"]),
+        (["stage=sft", "corpus=mediflow_dpo"], ["preference pairs; take corpus=mediflow"]),
         (["stage=pit", "corpus=mediflow"], ["reads plain text", "take corpus=medcode"]),
         (["stage=dapt", "corpus=mediflow_dpo"], ["reads plain text", "take corpus=medcode"]),
         ([*DPO_STAGE, "stage.loss=robust"], ["stage.label_smoothing: loss=robust needs"]),
@@ -109,6 +109,28 @@ def test_another_parent_is_refused_by_a_finished_and_by_a_resumed_run(
         assert files_in(run_dir) | before == before
 
 
+def test_another_plain_model_folder_is_refused_by_a_finished_and_by_a_resumed_run(
+    near: Place, sft_run: ChatRun
+) -> None:
+    """Weights of the same shapes, in files of the same size."""
+    parent = Path(shutil.copytree(sft_run.run_dir / "model", near.folder / "plain"))
+    (parent / "manifest.json").unlink()
+    command = dpo(near.assets, parent)
+    first = near.run(*command)
+    assert first.code == 0
+    again = near.run(*command)
+    assert again.code == 0 and first.out.endswith(again.out), again  # control
+    run_dir, weights = near.run_dir("dpo"), parent / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-2:] = b"\0\0"
+    weights.write_bytes(raw)
+    for _ in ("finished", "resumed"):
+        ended = near.run(*command)
+        told = f"{run_dir}: the model at {parent} changed since this run began"
+        assert ended.code == 2 and told in one_line(ended)
+        (run_dir / "manifest.json").unlink(missing_ok=True)
+
+
 def test_a_finished_run_stands_without_its_parent(near: Place, sft_run: ChatRun) -> None:
     parent = Path(shutil.copytree(sft_run.run_dir, near.folder / "parent"))
     command = dpo(near.assets, parent)
@@ -128,9 +150,7 @@ def test_a_foreign_chat_template_is_refused(stage: str, near: Place, sft_run: Ch
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|user|>", "<|user|>Patient: "))
     command = dpo(near.assets, model) if stage == "dpo" else sft(near.assets)
-    # A store of its own: what the shared cache holds was proven with another template.
-    place = Place(near.folder, near.folder / "cache", near.assets)
-    said = refused(place, *command, f"model.path={model}")
+    said = refused(near, *command, f"model.path={model}")  # though the rows' tokens are cached
     assert "chat template gives other tokens than Phi-3.5's" in said
 
 

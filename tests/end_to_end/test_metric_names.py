@@ -4,10 +4,10 @@ import csv
 from pathlib import Path
 
 import pytest
-from end_to_end.tiny_chat import dpo, sft, write_chats
+from end_to_end.tiny_chat import ChatRun, dpo, sft, write_chats
 from end_to_end.tiny_run import Ended, Place
 
-from mediphi.tracking.names import PLACE, SPLITS
+from mediphi.tracking.names import PLACE
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,9 @@ def columns(run_dir: Path) -> tuple[set[str], set[str]]:
     return names, {name for name in names if any(row[name] for row in rows)}
 
 
-def without_split(names: set[str]) -> set[str]:
-    """A source may be there for one side only."""
-    return {
-        rest if head in SPLITS and "/source/" in name else name
-        for name in names
-        for head, _, rest in [name.partition("/")]
-    }
-
-
 def check(run_dir: Path) -> set[str]:
     names, filled = columns(run_dir)
-    assert without_split(names) == without_split(filled)
+    assert names == filled
     return filled
 
 
@@ -64,3 +55,20 @@ def test_dpo_fills_its_columns(chats: Place) -> None:
     filled = check(chats.run_dir("dpo"))
     wanted = {"exam/all", "exam/omission", "heldout/margin/error/omission", "train/kl"}
     assert wanted | {"train/accuracy/task/summarization", "heldout/logps/rejected"} < filled
+
+
+def test_the_last_progress_line_of_a_phase_shows_its_last_evaluation(
+    finished: tuple[Path, Ended], sft_run: ChatRun
+) -> None:
+    """Whether that falls on an evaluated step (PIT) or comes behind training (SFT)."""
+    for run_dir, err in ((finished[0], finished[1].err), (sft_run.run_dir, sft_run.ended.err)):
+        with (run_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["heldout/loss"]]
+        for phase in {row["phase"] for row in rows}:
+            steps = [line for line in err.splitlines() if line.startswith(f"{phase} step ")]
+            own = [float(row["heldout/loss"]) for row in rows if row["phase"] == phase]
+            done, _, total = steps[-1].split()[2].partition("/")
+            assert done == total
+            assert sum(line.split()[2] == f"{done}/{total}" for line in steps) == 1
+            assert f"held-out {own[-1]:.3f}" in steps[-1]
+            assert f"{own[-2]:.3f}" != f"{own[-1]:.3f}"

@@ -1,6 +1,7 @@
 """Scores, intervals and the table."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mediphi.evaluate.scores import (
+    Interval,
     Scored,
     bootstrap,
+    design_effect,
     exam_table,
     format_table,
     improvement,
@@ -138,6 +141,137 @@ def test_improvement_pairs_the_same_items() -> None:
     for other in (after[:2], after[::-1], scored("hard", [1, 1, 1])):
         with pytest.raises(ValueError, match="not of the same items"):
             improvement(before, other, seed=0)
+
+
+# --- clusters
+
+
+BINARY = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+GRADED = [0.0, 0.3, 0.5, 1.0, 0.2, 0.9, 0.4, 0.4, 0.7, 0.1]
+
+
+def clustered(scores: Sequence[float], clusters: Sequence[str | None]) -> list[Scored]:
+    return [
+        Scored(f"{i}", "g", score, cluster=cluster)
+        for i, (score, cluster) in enumerate(zip(scores, clusters, strict=True))
+    ]
+
+
+def interval_of(items: Sequence[Scored]) -> Interval:
+    [result] = summarise(items, seed=2)
+    return Interval(result.low, result.high)
+
+
+def gain_of(scores: Sequence[float], clusters: Sequence[str | None]) -> Interval:
+    """Of a model that scored 0.5 everywhere before."""
+    before = clustered([0.5] * len(scores), clusters)
+    return Interval(*improvement(before, clustered(scores, clusters), seed=2)["g"][1:])
+
+
+def width(interval: Interval) -> float:
+    return interval.high - interval.low
+
+
+def test_the_cluster_bootstrap_equals_scipys() -> None:
+    """scipy 1.17.1: `bootstrap((totals, sizes), sum / sum, paired=True, method="percentile",
+    n_resamples=100_000)`."""
+    scores, places = (np.arange(80) % 11) / 10, np.arange(80)
+    clusters = places // 10 * 3 + np.minimum(places % 10, 2)  # of 1, 1 and 8 items
+    found = bootstrap(scores, seed=0, clusters=clusters, num_resamples=100_000)
+    assert found == pytest.approx((0.4365, 0.5462), abs=0.002)
+
+
+@pytest.mark.parametrize("scores", [BINARY, [1.0] * 10, GRADED])
+@pytest.mark.parametrize("copies", [2, 5])
+def test_copies_in_one_cluster_tell_nothing_new_and_copies_apart_seem_to(
+    scores: list[float], copies: int
+) -> None:
+    names = [f"{i}" for i in range(len(scores))]
+    alone, gained = interval_of(clustered(scores, names)), gain_of(scores, names)
+    together = interval_of(clustered(scores * copies, names * copies))
+    assert together == pytest.approx(alone)
+    assert gain_of(scores * copies, names * copies) == pytest.approx(gained)
+    apart = interval_of(clustered(scores * copies, [None] * copies * len(scores)))
+    assert width(apart) < 0.85 * width(alone)
+    if len(set(scores)) > 1:
+        assert width(gain_of(scores * copies, [None] * copies * len(scores))) < 0.85 * width(gained)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), min_size=1, max_size=30))
+def test_where_no_two_items_share_a_cluster_nothing_changes(scores: list[float]) -> None:
+    names = [f"{i}" for i in range(len(scores))]
+    one, other = clustered(scores, names), clustered(scores, [None] * len(scores))
+    assert summarise(one, seed=1) == summarise(other, seed=1)
+    later, also_later = (
+        clustered(scores[::-1], names),
+        clustered(scores[::-1], [None] * len(scores)),
+    )
+    assert improvement(one, later, seed=1) == improvement(other, also_later, seed=1)
+    if set(scores) <= {0, 1}:
+        assert interval_of(one) == wilson(int(sum(scores)), len(scores))
+
+
+def test_without_clusters_intervals_are_what_they_were_before_there_were_any() -> None:
+    """Numbers of the version before."""
+    scores = (np.arange(80) % 11) / 10
+    assert bootstrap(scores, seed=0) == pytest.approx((0.415, 0.555), abs=1e-12)
+    before = pytest.approx((-0.1475, -0.24825, -0.048125), abs=1e-12)
+    assert paired_bootstrap(scores, scores[::-1] ** 2, seed=5) == before
+
+
+def test_a_design_effect_worked_by_hand() -> None:
+    """Mean 1/2; clusters miss it by 1, 0 and -1, items by 1/2 each: 2 over 6 / 4."""
+    scores, clusters = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0], np.array([0, 0, 1, 1, 2, 2])
+    assert design_effect(scores, clusters) == pytest.approx(2 / 1.5)
+    assert design_effect(scores, np.array([0, 1, 2, 2, 1, 0])) == 1.0  # less than chance: 0
+    assert design_effect([1.0] * 6, clusters) == 2.0
+    assert design_effect(scores, np.arange(6)) == 1.0
+    assert wilson(50, 100, design_effect=2.0) == pytest.approx(wilson(25, 50))
+
+
+def draws(*, binary: bool, count: int = 300) -> Iterator[tuple[list[float], list[str]]]:
+    """Forty clusters of 1 to 5 items that are much alike; the mean of all is 0.8."""
+    rng = np.random.default_rng(7)
+    for _ in range(count):
+        sizes = rng.integers(1, 6, 40)
+        own = np.repeat(rng.beta(0.8, 0.2, 40), sizes)
+        noise = rng.uniform(-0.05, 0.05, len(own))
+        scores = (rng.random(len(own)) < own) if binary else own + noise
+        yield scores.astype(float).tolist(), [f"{n}" for n in np.repeat(np.arange(40), sizes)]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_intervals_of_clustered_items_hold_the_mean_as_often_as_they_say(binary: bool) -> None:
+    def covered(interval: Interval) -> bool:
+        return interval.low <= 0.8 <= interval.high
+
+    def interval(scores: list[float], names: Sequence[str | None]) -> Interval:
+        if binary:
+            return interval_of(clustered(scores, names))
+        numbers = None if names[0] is None else np.array(names, dtype=np.int64)
+        return bootstrap(scores, seed=1, clusters=numbers, num_resamples=1000)
+
+    drawn = list(draws(binary=binary))
+    heeding = np.mean([covered(interval(scores, names)) for scores, names in drawn])
+    blind = np.mean([covered(interval(scores, [None] * len(scores))) for scores, _ in drawn])
+    assert 0.90 <= heeding <= 0.99
+    assert blind < 0.83
+
+
+def test_a_file_of_an_older_version_is_read_and_the_later_scoring_tells_the_clusters() -> None:
+    rows = [{"id": f"{i}", "group": "g", "score": s, "chance": None} for i, s in enumerate(GRADED)]
+    before = [Scored(**row) for row in json.loads(json.dumps(rows))]
+    assert {one.cluster for one in before} == {None}
+    after = clustered(BINARY, ["a"] * 5 + ["b"] * 5)
+    again = [Scored(**row) for row in json.loads(json.dumps([one._asdict() for one in after]))]
+    assert again == after
+    told = [old._replace(cluster=new.cluster) for old, new in zip(before, after, strict=True)]
+    assert improvement(before, after, seed=0) == improvement(told, after, seed=0)
+    untold = [one._replace(cluster=None) for one in after]
+    assert improvement(before, after, seed=0) != improvement(before, untold, seed=0)
+
+
+# --- tables
 
 
 def test_the_table_shows_each_group_at_each_moment_with_its_interval() -> None:

@@ -15,7 +15,7 @@ from small_training import SETTINGS, Fit, differs, fit, make_module, unequal_sto
 from torch import Tensor
 
 from mediphi.batches import IGNORE, TokenBatch
-from mediphi.config.schema import Phase
+from mediphi.config.stages import Phase
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import TrainingPlan

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from mediphi.config.schema import Phase
+from mediphi.config.stages import Phase
 from mediphi.modules.schedules import lr_factor
 
 

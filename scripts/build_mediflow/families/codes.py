@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from mediphi.config.schema import Quiz
+from mediphi.config.stages import Quiz
 from mediphi.data.code_quiz import build_quiz
 from mediphi.data.sources.bundled import read_text
 from mediphi.data.sources.icd10cm import ORDER_FILE, ORDER_LINE

@@ -7,7 +7,7 @@ from mediphi.artifacts.files import (
     room_for,
     write_atomic,
 )
-from mediphi.artifacts.lineage import check_data, named_parents, verified_parent
+from mediphi.artifacts.lineage import check_data, named_parents, plain_folder, verified_parent
 from mediphi.artifacts.lock import locked
 from mediphi.artifacts.manifest import Parent, manifest_hash, publish, read_manifest, verify
 from mediphi.artifacts.runs import RunDirectory, open_run, read_config_hash
@@ -21,6 +21,7 @@ __all__ = [
     "manifest_hash",
     "named_parents",
     "open_run",
+    "plain_folder",
     "preflight_space",
     "publish",
     "read_config_hash",

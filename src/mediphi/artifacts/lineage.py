@@ -1,8 +1,10 @@
 """What a run was made from: the data it began with, and the weights that it started from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from mediphi.artifacts.files import write_atomic
 from mediphi.artifacts.manifest import MANIFEST, Parent, manifest_hash, read_manifest, verify
@@ -11,10 +13,19 @@ from mediphi.errors import ArtifactError
 DATA = "data.json"
 OUR_WORDS = (b'"config_hash"', b'"parents"')
 """Either marks a manifest as ours; one flipped bit cannot hide both."""
+READ = (".json", ".jinja", ".safetensors")
+"""What is read of a model folder."""
+BLOCK, NUM_BLOCKS = 2**16, 256
+"""What is hashed of a larger file, spread over it. Every look at a finished run hashes a plain
+model folder, so gigabytes must not be read; training moves weights everywhere: a sample sees it."""
 
 
 def check_data(
-    run_dir: Path, fingerprint: str | None, *, parents: Mapping[str, Parent] | None = None
+    run_dir: Path,
+    fingerprint: str | None,
+    *,
+    parents: Mapping[str, Parent] | None = None,
+    folder: Parent | None = None,
 ) -> None:
     """Record the inputs of a run that begins; refuse others when it goes on or is finished.
 
@@ -23,15 +34,19 @@ def check_data(
     Args:
         fingerprint: of the data as they are now; None: they are gone, do not compare.
         parents: artifacts read, by role, as they are now; None: do not compare.
+        folder: the model folder read that is no artifact (`plain_folder`); None: do not compare.
 
     Raises:
         ArtifactError: the run began with other data or parents, or its record is damaged.
     """
     path = run_dir / DATA
-    now = None if parents is None else {role: one.sha256 for role, one in parents.items()}
     if not path.exists():
         if not (run_dir / MANIFEST).exists():
-            inputs = {"fingerprint": fingerprint} | ({} if now is None else {"parents": now})
+            inputs: dict[str, Any] = {"fingerprint": fingerprint}
+            if parents is not None:
+                inputs["parents"] = {role: one.sha256 for role, one in parents.items()}
+            if folder is not None:
+                inputs["folder"] = folder.sha256
             write_atomic(path, json.dumps(inputs) + "\n")
         return
     try:
@@ -44,22 +59,24 @@ def check_data(
             f"{run_dir}: the data changed since this run began ({str(recorded)[:8]}, now "
             f"{fingerprint[:8]}); restore them, choose another name= or on_existing=overwrite"
         )
-    if parents is not None and "parents" in inputs:  # earlier versions did not record them
-        _refuse_other_parents(run_dir, before, parents)
+    # Earlier versions did not record parents, nor folders.
+    if parents is not None and "parents" in inputs:
+        for role in sorted(before.keys() | parents.keys()):
+            now = parents.get(role, Parent("", ""))
+            _refuse_other(run_dir, role, str(before.get(role, "")), now)
+    if folder is not None and "folder" in inputs:
+        _refuse_other(run_dir, "model", str(inputs["folder"]), folder)
 
 
-def _refuse_other_parents(
-    run_dir: Path, before: Mapping[str, str], parents: Mapping[str, Parent]
-) -> None:
-    for role in sorted(before.keys() | parents.keys()):
-        now = parents.get(role, Parent("", ""))
-        if (old := before.get(role, "")) != now.sha256:
-            where = f" at {now.path}" if now.path else ""
-            raise ArtifactError(
-                f"{run_dir}: the {role}{where} changed since this run began "
-                f"({str(old)[:8] or 'no manifest'}, now {now.sha256[:8] or 'no manifest'}); "
-                "restore it, choose another name= or on_existing=overwrite"
-            )
+def _refuse_other(run_dir: Path, role: str, before: str, now: Parent) -> None:
+    if before == now.sha256:
+        return
+    where = f" at {now.path}" if now.path else ""
+    raise ArtifactError(
+        f"{run_dir}: the {role}{where} changed since this run began "
+        f"({before[:8] or 'no manifest'}, now {now.sha256[:8] or 'no manifest'}); "
+        "restore it, choose another name= or on_existing=overwrite"
+    )
 
 
 def verified_parent(folder: Path) -> Parent | None:
@@ -83,14 +100,48 @@ def named_parents(path: str) -> dict[str, Parent] | None:
     Returns:
         the artifact as `model`; None where there is none, or no whole manifest of ours.
     """
-    root = Path(path)
     try:
-        folder = root if (root / "config.json").is_file() else root / "model"
-        if (artifact := _vouching(folder)) is None:
+        if (artifact := _vouching(_model_folder(path))) is None:
             return None
         return {"model": Parent(str(artifact), manifest_hash(artifact))}
     except (ArtifactError, OSError):
         return None
+
+
+def plain_folder(path: str) -> Parent | None:
+    """What identifies a local model folder that no manifest of ours vouches for.
+
+    Returns:
+        the folder, and a hash of its files' names, sizes and content, of large files a sample;
+        None where there is no such folder, or an artifact, or it cannot be read.
+    """
+    folder, digest = _model_folder(path), sha256()
+    try:
+        if not (folder / "config.json").is_file() or _vouching(folder) is not None:
+            return None
+        for file in sorted(f for f in folder.iterdir() if f.suffix in READ and f.is_file()):
+            digest.update(json.dumps([file.name, file.stat().st_size]).encode())
+            for block in _blocks(file):
+                digest.update(block)
+    except (ArtifactError, OSError):
+        return None
+    return Parent(str(folder), digest.hexdigest())
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """A small file whole; of a larger one `NUM_BLOCKS` blocks, its first and last among them."""
+    spare = file.stat().st_size - NUM_BLOCKS * BLOCK
+    with file.open("rb") as stream:
+        for number in range(NUM_BLOCKS):
+            if spare > 0:
+                stream.seek(number * BLOCK + number * spare // (NUM_BLOCKS - 1))
+            yield stream.read(BLOCK)
+
+
+def _model_folder(path: str) -> Path:
+    """A run directory stands for its `model/`."""
+    root = Path(path)
+    return root if (root / "config.json").is_file() else root / "model"
 
 
 def _vouching(folder: Path) -> Path | None:

@@ -5,14 +5,14 @@ After `load` no `DictConfig` exists.
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from mediphi.config.keys import keys_of, of_its_kind, sections_in
 from mediphi.config.report import broken, dotted, line, render_all
 from mediphi.config.schema import Config
 from mediphi.config.strict import BROKEN_RULES, Strict
@@ -48,13 +48,12 @@ def check(cfg: DictConfig) -> tuple[Config | None, list[str]]:
         # JSON's strict mode: no text for a number, no `true` for 1, but lists for tuples.
         config = Config.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        known = list(known_keys(Config, plain))
         items = [e for e in error.errors(include_url=False) if e["type"] != BROKEN_RULES]
-        keys = [dotted(item["loc"], plain) for item in items]
+        bad = [dotted(item["loc"], plain) for item in items]
         # A key that could not be read is missing now; it has had its line.
-        told = [i for i, key in zip(items, keys, strict=True) if key not in unresolved]
-        lines += render_all(told, plain, known)
-        salvage = _Salvage(plain, bad={*unresolved, *keys})
+        told = [i for i, key in zip(items, bad, strict=True) if key not in unresolved]
+        lines += render_all(told, plain, keys_of(Config, plain))
+        salvage = _Salvage(plain, bad={*unresolved, *bad})
         salvage.section(Config, plain)
         return None, lines + salvage.lines
     return (None, lines) if lines else (config, [])
@@ -94,56 +93,23 @@ class _Salvage:
         """Sections with a bad key inside are not bad themselves, lists of values are."""
         key, inside = prefix + name, set[str]()
         annotation = model.model_fields[name].annotation
-        if not any(_sections(annotation)):
+        if not any(sections_in(annotation)):
             inside = {bad for bad in self._bad if bad.startswith(f"{key}.")}
         elif get_origin(annotation) is dict and isinstance(data.get(name), dict):
             inside = self._bad & {f"{key}.{entry}" for entry in data[name]}
         return key in self._bad or bool(inside)
 
     def _value(self, annotation: Any, data: Any, key: str) -> Any:
-        sections = list(_sections(annotation))
+        sections = list(sections_in(annotation))
         if isinstance(data, list):
             return tuple(data)
         if not sections or not isinstance(data, dict):
             return data
         if get_origin(annotation) is not dict:
-            return self.section(_chosen(sections, data)[0], data, f"{key}.")
-        return {k: self.section(_chosen(sections, v)[0], v, f"{key}.{k}.") for k, v in data.items()}
-
-
-def known_keys(model: type[Strict], data: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that `data` may have, given the kinds that it names."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        value = data.get(name) if isinstance(data, dict) else None
-        sections = list(_sections(field.annotation))
-        if get_origin(field.annotation) is dict and isinstance(value, dict):
-            for key, item in value.items():
-                for section in _chosen(sections, item):
-                    yield from known_keys(section, item, f"{prefix}{name}.{key}.")
-        else:
-            for section in _chosen(sections, value):
-                yield from known_keys(section, value, f"{prefix}{name}.")
-
-
-def _sections(annotation: Any) -> Iterator[type[Strict]]:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)
-
-
-def _chosen(sections: list[type[Strict]], data: Any) -> list[type[Strict]]:
-    if len(sections) == 1:
-        return sections
-    kind = data.get("kind") if isinstance(data, dict) else None
-    return [s for s in sections if kind in _kinds(s)] or sections
-
-
-def _kinds(section: type[Strict]) -> tuple[Any, ...]:
-    field = section.model_fields.get("kind")
-    annotation = field.annotation if field else None
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+            return self.section(of_its_kind(sections, data)[0], data, f"{key}.")
+        return {
+            k: self.section(of_its_kind(sections, v)[0], v, f"{key}.{k}.") for k, v in data.items()
+        }
 
 
 def _resolve(node: Any, prefix: str, unresolved: dict[str, str]) -> Any:

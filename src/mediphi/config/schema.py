@@ -5,195 +5,13 @@ memory*. Accumulation is derived from both and must come out whole.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mediphi.config.corpus import Corpus, RecordKind
+from mediphi.config.corpus import Corpus, RecordKind, RowSource
+from mediphi.config.stages import Stage
 from mediphi.config.strict import BrokenRule, Strict
-from mediphi.records import Difficulty
-
-
-class Phase(Strict):
-    """One optimizer schedule: linear warm-up to `lr`, then the schedule down to its floor."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up."""
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Floor of the schedule as a share of `lr`."""
-    epochs: PositiveInt = 1
-    """Passes over the phase's tokens."""
-    max_steps: PositiveInt | None = None
-    """Stop after so many optimizer steps; null: all epochs."""
-
-    def broken_rules(self) -> Iterator[BrokenRule]:
-        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            yield BrokenRule("warmup_steps", f"must be below max_steps={self.max_steps}")
-
-
-class Optimizer(Strict):
-    """AdamW (Loshchilov & Hutter 2019). `max_grad_norm: null` switches clipping off."""
-
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    """On matrices; norms are not decayed."""
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Clip the global gradient norm here."""
-
-
-class Quiz(Strict):
-    """Multiple-choice questions over codes, scored before, between and after the phases."""
-
-    num_questions: PositiveInt = 300
-    """Most questions per difficulty."""
-    num_options: Annotated[int, Field(ge=2, le=10)] = 4
-    """Answers to choose from, one of them right."""
-    difficulties: Annotated[tuple[Difficulty, ...], Field(min_length=1)] = (
-        "easy",
-        "medium",
-        "hard",
-    )
-    """How near the wrong answers stand in the code hierarchy."""
-
-
-class Lora(Strict):
-    """Low-rank adapters (Hu et al. 2021) in place of full-parameter training."""
-
-    rank: PositiveInt = 16
-    """Inner dimension of the adapters."""
-    alpha: PositiveFloat = 32.0
-    """Scale: adapters count `alpha / rank`."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """On the adapters' input."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = (
-        "all-linear"
-    )
-    """Names of the linear layers that get one; all-linear: all but the head."""
-    export: Literal["merged", "adapter"] = "merged"
-    """Publish a whole model with the adapters in its weights, or the adapters beside it too."""
-
-
-class TaskExam(Strict):
-    """Held-out prompts answered greedily, before and after training, scored by task type."""
-
-    per_task: PositiveInt = 25
-    """Most prompts of a task type."""
-    max_new_tokens: PositiveInt = 64
-    """Longest answer."""
-
-
-class TrainingStage(Strict):
-    """What all training stages share.
-
-    `global_batch` counts packed rows of `max_length` tokens per optimizer step. Documents longer
-    than `max_length` are split, never cut.
-    """
-
-    reads: ClassVar[RecordKind] = "text"
-
-    global_batch: PositiveInt
-    """Packed rows per optimizer step, over all devices."""
-    max_length: Annotated[int, Field(ge=16)]
-    """Tokens of a packed row."""
-    optimizer: Optimizer = Optimizer()
-    eval_every_steps: PositiveInt = 100
-    """Optimizer steps between held-out evaluations."""
-    eval_max_rows: PositiveInt = 64
-    """Packed rows that an evaluation reads at most."""
-
-
-class TextStage(TrainingStage):
-    """What PIT and DAPT share."""
-
-    neftune_alpha: NonNegativeFloat = 0.0
-    """Strength of NEFTune's embedding noise; 0: off."""
-    quiz: Quiz | None = None
-    """null: no quiz."""
-
-
-class PitStage(TextStage):
-    """Pre-instruction tuning (Jiang et al. 2024): task outputs, then outputs with documents."""
-
-    kind: Literal["pit"]
-    phase1: Phase
-    """Task outputs alone."""
-    phase2: Phase
-    """Task outputs with their documents."""
-
-
-class DaptStage(TextStage):
-    """Domain-adaptive pre-training: next-token prediction on the documents."""
-
-    kind: Literal["dapt"]
-    phase: Phase
-
-
-class ChatStage(TrainingStage):
-    """What SFT and DPO share: whole conversations, never cut.
-
-    One that is longer than `max_length` (or, for DPO, whose two answers are) is left out, counted
-    and told; `too_long: refuse` stops instead.
-    """
-
-    phase: Phase
-    too_long: Literal["drop", "refuse"] = "drop"
-    """What becomes of a conversation that does not fit into `max_length`."""
-    lora: Lora | None = None
-    """null: train all parameters."""
-
-
-class SftStage(ChatStage):
-    """Supervised fine-tuning on the assistant's answers."""
-
-    reads: ClassVar[RecordKind] = "conversation"
-
-    kind: Literal["sft"]
-    neftune_alpha: NonNegativeFloat = 0.0
-    """Strength of NEFTune's embedding noise; 0: off."""
-    train_on_prompt: bool = False
-    """Learn the prompts' tokens too."""
-    exam: TaskExam | None = TaskExam()
-    """null: no task scores."""
-    num_samples: NonNegativeInt = 4
-    """Held-out prompts answered at every evaluation, written to `samples.jsonl`; only of sources
-    whose licence says `contains_phi: false`."""
-
-
-class DpoStage(ChatStage):
-    """Direct preference optimisation (Rafailov et al. 2023) and its variants."""
-
-    reads: ClassVar[RecordKind] = "preference"
-
-    kind: Literal["dpo"]
-    beta: PositiveFloat = 0.1
-    """Strength of the pull towards the reference; IPO's tau."""
-    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
-    """Which function of the margin."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of labels taken to be wrong: cDPO with sigmoid, robust DPO with robust."""
-    length_normalised: bool = False
-    """Log-probabilities per token instead of summed."""
-    sft_weight: NonNegativeFloat = 0.0
-    """Weight of the cross-entropy of the chosen answers, per token, beside the preference loss."""
-    reference: Literal["cached", "live", "none"] = "cached"
-    """Log-probabilities of the reference: computed once and kept, beside every step, or zero."""
-    share_prompt: bool = True
-    """One forward pass of the prompt for both answers."""
-
-    def broken_rules(self) -> Iterator[BrokenRule]:
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            yield BrokenRule("label_smoothing", f"loss={self.loss} has none; sigmoid and robust do")
-        if self.loss == "robust" and not self.label_smoothing:
-            yield BrokenRule("label_smoothing", "loss=robust needs the share of wrong labels, > 0")
-
-
-Stage = Annotated[PitStage | DaptStage | SftStage | DpoStage, Field(discriminator="kind")]
 
 
 class Model(Strict):
@@ -312,6 +130,11 @@ EXAMPLES: dict[RecordKind, str] = {
     "conversation": "mediflow",
     "preference": "mediflow_dpo",
 }
+FORMATS: dict[RecordKind, str] = {
+    "text": "text",
+    "conversation": "messages, prompt_completion or mediflow",
+    "preference": "preference or mediflow_dpo",
+}
 
 
 class Config(Strict):
@@ -342,11 +165,16 @@ class Config(Strict):
                 f"nearest: {f'{lower} or ' if lower else ''}{upper}",
             )
         if self.corpus.record_kind != self.stage.reads:
+            reads, corpus = self.stage.reads, self.corpus
+            own = [
+                f", or set corpus.sources.{name}.format to {FORMATS[reads]}"
+                for name, source in corpus.sources.items()
+                if isinstance(source, RowSource) and not source.format.startswith("mediflow")
+            ]
             yield BrokenRule(
                 "corpus.name",
-                f"stage={self.stage.kind} reads {READS[self.stage.reads]}, the corpus "
-                f"{self.corpus.name!r} yields {READS[self.corpus.record_kind]}; "
-                f"take corpus={EXAMPLES[self.stage.reads]}, or set the sources' format",
+                f"stage={self.stage.kind} reads {READS[reads]}, the corpus {corpus.name!r} yields "
+                f"{READS[corpus.record_kind]}; take corpus={EXAMPLES[reads]}{''.join(own[:1])}",
             )
 
     @property

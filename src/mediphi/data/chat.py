@@ -9,17 +9,28 @@ to the turn before.
 """
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from mediphi.data.encoding import make_encoder, plain_text_json
 from mediphi.data.render import Piece, Rendered, neutralise
-from mediphi.errors import DataError, UserError
+from mediphi.errors import UserError
 from mediphi.records import Conversation, PieceKind, Preference, Turn
 
 CHAT_VERSION = "chat/1"
 """Part of every cache key; raise it when the ids of any conversation change."""
+
+TALK = (
+    Turn("system", "Be brief."),
+    Turn("user", "Is it a cough?"),
+    Turn("assistant", "Yes."),
+    Turn("user", "Since when?"),
+    Turn("assistant", "For two days."),
+)
+"""What every template of the format renders alike."""
 
 
 class ControlIds(NamedTuple):
@@ -44,27 +55,31 @@ class ChatRenderer:
     """Renders conversations and preferences for one tokenizer.
 
     Raises:
-        UserError: the tokenizer lacks a token of the format.
+        UserError: the tokenizer lacks a token of the format, or its chat template is another one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._ids = ControlIds.of(tokenizer)
         self._encoder = make_encoder(plain_text_json(tokenizer))
+        self._refuse_other_template()
 
     @property
     def version(self) -> str:
-        """Changes with everything but the text that decides the ids."""
-        return f"{CHAT_VERSION} {','.join(map(str, self._ids))}"
+        """Changes with everything but the text that decides the ids, and which rows are proven."""
+        template = sha256(str(self._tokenizer.chat_template).encode()).hexdigest()[:8]
+        return f"{CHAT_VERSION} {','.join(map(str, self._ids))} {template}"
 
     def conversation(self, conversation: Conversation) -> Rendered:
-        """System and user turns are context, every answer is learnt."""
+        """System and user turns are context, every answer behind the prompt is learnt."""
         record = conversation
         if record.is_chat:
-            pieces = self._turns(record.turns, answers="answer")
+            prompt = self._turns(record.turns[: record.num_prompt_turns], answers="context")
+            rest = self._turns(record.turns[record.num_prompt_turns :], answers="answer")
+            pieces = [*prompt, *rest]
         else:
-            prompt, completion = (neutralise(turn.text) for turn in record.turns)
-            context, (answer,) = self._plain(prompt, [completion])
+            asked, completion = (neutralise(turn.text) for turn in record.turns)
+            context, (answer,) = self._plain(asked, [completion])
             pieces = [context, Piece("answer", "", answer, (self._ids.end_of_text,))]
         return Rendered(record.id, record.source, pieces, record.labels)
 
@@ -104,35 +119,44 @@ class ChatRenderer:
         learnt must decode to the answer's text and its `<|end|>`.
 
         Raises:
-            DataError: the model's template or tokenizer gives something else.
+            ValueError: the reason why the row cannot be used; it never holds the text.
         """
         if not record.is_chat:
             return
         turns, pieces = _whole(record), list(rendered.pieces)
         if isinstance(record, Preference):
             *prompt, chosen, rejected = pieces
-            self._prove(rendered.id, [*turns, Turn("assistant", record.chosen)], [*prompt, chosen])
-            other = [*turns, Turn("assistant", record.rejected)]
-            self._prove(rendered.id, other, [*prompt, rejected])
+            self._prove([*turns, Turn("assistant", record.chosen)], [*prompt, chosen])
+            self._prove([*turns, Turn("assistant", record.rejected)], [*prompt, rejected])
         else:
-            self._prove(rendered.id, turns, pieces)
+            self._prove(turns, pieces)
 
-    def _prove(self, name: str, turns: Sequence[Turn], pieces: Sequence[Piece]) -> None:
+    def _refuse_other_template(self) -> None:
+        """A fault of the model is told as one, not as one of every row."""
+        try:
+            self._prove(TALK, self._turns(TALK, answers="answer"))
+        except ValueError:
+            raise UserError(
+                f"{self._tokenizer.name_or_path}: the tokenizer's chat template gives other tokens "
+                "than Phi-3.5's chat format; take a model whose template is Phi-3.5's"
+            ) from None
+
+    def _prove(self, turns: Sequence[Turn], pieces: Sequence[Piece]) -> None:
         messages = [{"role": turn.role, "content": neutralise(turn.text)} for turn in turns]
-        text: Any = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            text: Any = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError:
+            raise ValueError("the tokenizer's chat template refuses this row") from None
         theirs = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         ours = self.ids(pieces)
         if theirs not in (ours, [*ours, self._ids.end_of_text]):
-            raise DataError(
-                f"{name}: the tokenizer's chat template gives other tokens than Phi-3.5's chat "
-                "format; take a model whose template is Phi-3.5's"
-            )
+            raise ValueError("the tokenizer's chat template gives other tokens for this row")
         answers = [turn.text for turn in turns if turn.role == "assistant"]
         learnt = [piece for piece in pieces if piece.kind in ("answer", "chosen", "rejected")]
         for answer, piece in zip(answers[-len(learnt) :], learnt, strict=True):
             decoded = str(self._tokenizer.decode(self.ids([piece])[:-1]))
             if decoded.strip() != neutralise(answer).replace("▁", " ").strip():
-                raise DataError(f"{name}: the tokens of its answer do not decode to its answer")
+                raise ValueError("the tokens of an answer do not decode to the answer")
 
     def _turns(self, turns: Sequence[Turn], *, answers: PieceKind) -> list[Piece]:
         ids, pieces = self._ids, []

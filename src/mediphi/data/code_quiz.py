@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from mediphi.config.schema import Quiz
+from mediphi.config.stages import Quiz
 from mediphi.records import Difficulty, Document, MultipleChoice
 
 PROMPT = "{system} code {code} means"

@@ -18,7 +18,7 @@ from mediphi.data.sources import unavailable
 from mediphi.data.sources.files import find_files
 from mediphi.errors import DataError
 
-READERS_VERSION = 1
+READERS_VERSION = 2
 """Raise it whenever a reader, the deduplication or the split gives other documents than before."""
 
 _SETTINGS = {"on_bad", "max_bad_share", "heldout_fraction", "deduplicate"}

@@ -21,7 +21,7 @@ row as with a shared prompt, so that both layouts train alike; such a row holds 
 What has to stay whole and does not fit into a row is left out and counted.
 """
 
-CHAT_KINDS: tuple[PieceKind, ...] = ("system", "user", "answer")
+CHAT_KINDS: tuple[PieceKind, ...] = ("system", "user", "context", "answer")
 PAIR_KINDS: tuple[PieceKind, ...] = ("system", "user", "context", "chosen", "rejected")
 
 

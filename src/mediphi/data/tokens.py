@@ -152,6 +152,12 @@ class TokenStore:
             ids[here] = self._shards[index][address[here] - self.shard_starts[index]]
         return ids
 
+    def documents_per_source(self) -> dict[str, int]:
+        """How many documents each of `sources` has."""
+        is_first = np.diff(self.pieces["document"].astype(np.int64), prepend=-1) > 0
+        counts = np.bincount(self.piece_sources[is_first], minlength=len(self.sources))
+        return dict(zip(self.sources, counts.tolist(), strict=True))
+
     def document_id(self, row: int) -> str:
         """Id of the document in this row."""
         start = int(self._document_ends[row - 1]) if row else 0

@@ -4,6 +4,7 @@ Hydra stops at the first error. `diagnose` writes it down, mends or drops the ov
 it, and composes again until the schema can judge the rest.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,18 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from mediphi.config.load import check, known_keys
+from mediphi.config.keys import keys_of
+from mediphi.config.load import check
 from mediphi.config.report import line, nearest, nearest_key
 from mediphi.config.schema import Config
 from mediphi.door.section import CheckedLoader
 from mediphi.errors import ConfigError
+
+OWN = {
+    "model": "model.path={}",
+    "corpus": "corpus=local corpus.sources.mine.path={}",
+}
+"""How to name a folder or file where a group wants one of its options."""
 
 
 def make_loader(conf: Path, extra: Path | None = None) -> ConfigLoader:
@@ -41,26 +49,37 @@ def diagnose(
     overrides: Sequence[str],
     *,
     run_mode: RunMode = RunMode.RUN,
+    error: Exception | None = None,
 ) -> list[str]:
-    """Every problem of a config that Hydra cannot compose, one line each."""
+    """Every problem of a config that Hydra cannot compose, one line each.
+
+    `error` is what composing ended with, where the caller has tried.
+    """
     left, lines, doubtful = list(overrides), [], []
-    while True:
-        try:
-            cfg = loader.load_configuration(config_name, left, run_mode)
-            break
-        except Exception as error:
-            culprit = _culprit(error, loader, config_name, left, run_mode)
-            text, instead = _explain(error, loader, culprit)
-            lines.append(text)
-            if culprit is None:
-                return lines
-            at = left.index(culprit)
-            left[at : at + 1] = [instead] if instead else []
-            doubtful += [] if instead else [_key(culprit)]
+    found = error or _composed(loader, config_name, left, run_mode)
+    while isinstance(found, Exception):
+        culprit = _culprit(found, loader, config_name, left, run_mode)
+        text, instead = _explain(found, loader, culprit)
+        lines.append(text)
+        if culprit is None:
+            return lines
+        at = left.index(culprit)
+        left[at : at + 1] = [instead] if instead else []
+        doubtful += [] if instead else [_pair(culprit)[0]]
+        found = _composed(loader, config_name, left, run_mode)
     if run_mode is RunMode.MULTIRUN:
         return lines
-    found = check(cfg)[1]
-    return lines + [text for text in found if not any(text.startswith(f"{k}.") for k in doubtful)]
+    more = check(found)[1]
+    return lines + [text for text in more if not any(text.startswith(f"{k}.") for k in doubtful)]
+
+
+def _composed(
+    loader: ConfigLoader, config_name: str | None, overrides: Sequence[str], run_mode: RunMode
+) -> DictConfig | Exception:
+    try:
+        return loader.load_configuration(config_name, list(overrides), run_mode)
+    except Exception as error:
+        return error
 
 
 def _culprit(
@@ -71,15 +90,16 @@ def _culprit(
     run_mode: RunMode,
 ) -> str | None:
     """The override behind `error`: the one it names, else one that fails alike on its own."""
+    if isinstance(error, MissingConfigException):
+        missing = str(error.missing_cfg_file)
+        return next((o for o in overrides if "/".join(_pair(o)) == missing), None)
     named = error.override if isinstance(error, OverrideParseException) else None
     if named in overrides:
         return named
     for override in overrides:
-        try:
-            loader.load_configuration(config_name, [override], run_mode)
-        except Exception as alone:
-            if str(alone) == str(error):
-                return override
+        alone = _composed(loader, config_name, [override], run_mode)
+        if isinstance(alone, Exception) and str(alone) == str(error):
+            return override
     return None
 
 
@@ -93,7 +113,7 @@ def _explain(error: Exception, loader: ConfigLoader, culprit: str | None) -> tup
     first = _first(message)
     if culprit is None:
         return first or type(error).__name__, None
-    key, value = _key(culprit), culprit.partition("=")[2]
+    key, value = _pair(culprit)
     if isinstance(error, OverrideParseException):
         return line(key, value or ..., "cannot be read; write key=value, quote special signs"), None
     if message.startswith(("Ambiguous value", "Sweep parameters")):
@@ -115,14 +135,22 @@ def _missing(
     error: MissingConfigException, loader: ConfigLoader, culprit: str | None
 ) -> tuple[str, str | None]:
     missing = str(error.missing_cfg_file)
-    group, _, option = missing.rpartition("/")
+    group, option = _pair(culprit) if culprit else missing.rpartition("/")[::2]
     if not group:
         names = [n for n in loader.get_group_options("") if not n.startswith("_")]
-        return line("--config-name", missing, "no such config", nearest(missing, names)), None
-    options = list(error.options or loader.get_group_options(group))
-    near = nearest(option, options)
-    text = line(group, option, f"allowed: {', '.join(options)}", near)
-    return text, f"{group}={near}" if near and culprit else None
+        groups = [g for g in loader.list_groups("") if missing in loader.get_group_options(g)]
+        near = f"{groups[0]}={missing}" if groups else nearest(missing, names)
+        allowed = f"no such config; allowed: {', '.join(names)}"
+        return line("--config-name", missing, allowed, near), None
+    inner = option.rpartition("/")[0]
+    folder = f"{inner}/" if inner in loader.list_groups(group) else ""  # corpus=paper/...
+    names = loader.get_group_options(f"{group}/{folder}".rstrip("/"))
+    near = nearest(option.removeprefix(folder), names)
+    near = near and folder + near
+    allowed = f"allowed: {', '.join(folder + name for name in names)}"
+    if not near and group in OWN and re.search(r"[/.]", option):
+        allowed += f"; your own: {OWN[group].format(option)}"
+    return line(group, option, allowed, near), f"{group}={near}" if near and culprit else None
 
 
 def _first(message: str) -> str:
@@ -134,8 +162,10 @@ def _first(message: str) -> str:
 
 
 def _known(loader: ConfigLoader) -> list[str]:
-    return [*known_keys(Config, {}), *loader.list_groups("")]
+    return [*keys_of(Config, {}).known, *loader.list_groups("")]
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+def _pair(override: str) -> tuple[str, str]:
+    """Key and value."""
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value

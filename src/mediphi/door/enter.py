@@ -102,6 +102,7 @@ def _diagnosed(error: Exception) -> ConfigError:
         args.config_name or "config",
         args.overrides,
         run_mode=RunMode.MULTIRUN if args.multirun else RunMode.RUN,
+        error=error,
     )
     return ConfigError(lines or [" ".join(str(error).split()) or type(error).__name__])
 

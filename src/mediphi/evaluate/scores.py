@@ -5,6 +5,7 @@ from statistics import NormalDist, fmean
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 Unit = Literal["%", "nats/token"]
@@ -22,12 +23,15 @@ class Scored(NamedTuple):
         group: what it is told apart by: difficulty, task type, error type.
         score: in [0, 1].
         chance: what guessing scores on average; None where guessing has no meaning.
+        cluster: items that share it are alike, as pairs of one prompt are, and are resampled
+            together; never a readable name. None: alike to no other.
     """
 
     id: str
     group: str
     score: float
     chance: float | None = None
+    cluster: str | None = None
 
 
 class Interval(NamedTuple):
@@ -54,8 +58,17 @@ class GroupResult(NamedTuple):
     chance: float | None
 
 
-def wilson(num_correct: int, num_items: int, *, confidence: float = CONFIDENCE) -> Interval:
+def wilson(
+    num_correct: int,
+    num_items: int,
+    *,
+    confidence: float = CONFIDENCE,
+    design_effect: float = 1.0,
+) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927), without continuity correction.
+
+    With a `design_effect` as many items count as would tell as much if they were independent, as in
+    Rao & Scott (1992, "A simple method for the analysis of clustered binary data").
 
     Raises:
         ValueError: no items, or more correct than asked.
@@ -63,24 +76,55 @@ def wilson(num_correct: int, num_items: int, *, confidence: float = CONFIDENCE) 
     if not 0 <= num_correct <= num_items or num_items == 0:
         raise ValueError(f"{num_correct} correct of {num_items} is no proportion")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, n = num_correct / num_items, num_items
+    share, n = num_correct / num_items, num_items / design_effect
     centre = share + z**2 / (2 * n)
     spread = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     low, high = ((centre + sign * spread) / (1 + z**2 / n) for sign in (-1, 1))
     return Interval(max(0.0, min(low, share)), min(1.0, max(high, share)))
 
 
+def design_effect(scores: Sequence[float], clusters: NDArray[np.int64]) -> float:
+    """Variance of a mean over what it would be if items of a cluster were not alike, at least 1.
+
+    The variance ratio of Rao & Scott (1992), without their factor `m / (m - 1)` of m clusters. It
+    says nothing where all scores are equal: there every cluster counts as one item.
+
+    Args:
+        scores: of all items.
+        clusters: int64 `[items]`, each item's cluster, from 0.
+    """
+    given = np.asarray(scores, np.float64)
+    sizes, totals = _per_cluster(given, clusters)
+    if len(sizes) == len(given):
+        return 1.0
+    mean = given.mean()
+    independent = ((given - mean) ** 2).sum()
+    if not independent:
+        return len(given) / len(sizes)
+    return max(1.0, float(((totals - mean * sizes) ** 2).sum() / independent))
+
+
 def bootstrap(
     scores: Sequence[float] | np.ndarray,
     *,
     seed: int,
+    clusters: NDArray[np.int64] | None = None,
     num_resamples: int = 10_000,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron 1979).
+    """Percentile bootstrap interval of a mean (Efron 1979), whole clusters resampled.
 
-    Resampling n scores with replacement is a multinomial draw over their distinct values, which is
-    what happens here.
+    The cluster bootstrap of Field & Welsh (2007, "Bootstrapping clustered data") and Davison &
+    Hinkley (1997, section 3.8): clusters are drawn with replacement, each with all its items.
+    Drawing n with replacement is a multinomial draw over those that differ, which is what happens
+    here.
+
+    Args:
+        scores: of all items.
+        seed: of the draws.
+        clusters: int64 `[items]`, each item's cluster, from 0; None: every item is its own.
+        num_resamples: draws.
+        confidence: share of the draws' means that the interval holds.
 
     Raises:
         ValueError: no scores.
@@ -88,12 +132,13 @@ def bootstrap(
     given = np.asarray(scores, np.float64)
     if given.size == 0:
         raise ValueError("no scores have no mean")
-    values, counts = np.unique(given, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(
-        given.size, counts / given.size, size=num_resamples
-    )
+    numbers = np.arange(given.size) if clusters is None else clusters
+    kinds, counts = np.unique(_per_cluster(given, numbers), axis=1, return_counts=True)
+    sizes, totals = kinds
+    drawn = int(counts.sum())
+    draws = np.random.default_rng(seed).multinomial(drawn, counts / drawn, size=num_resamples)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws @ values / given.size, (tail, 1 - tail))
+    low, high = np.quantile(draws @ totals / (draws @ sizes), (tail, 1 - tail))
     return Interval(float(low), float(high))
 
 
@@ -102,6 +147,7 @@ def paired_bootstrap(
     after: Sequence[float] | np.ndarray,
     *,
     seed: int,
+    clusters: NDArray[np.int64] | None = None,
     num_resamples: int = 10_000,
     confidence: float = CONFIDENCE,
 ) -> Difference:
@@ -114,7 +160,9 @@ def paired_bootstrap(
     if first.shape != second.shape or first.size == 0:
         raise ValueError(f"{first.size} and {second.size} scores cannot be paired")
     gained = second - first
-    interval = bootstrap(gained, seed=seed, num_resamples=num_resamples, confidence=confidence)
+    interval = bootstrap(
+        gained, seed=seed, clusters=clusters, num_resamples=num_resamples, confidence=confidence
+    )
     return Difference(float(gained.mean()), *interval)
 
 
@@ -123,7 +171,8 @@ def summarise(
 ) -> list[GroupResult]:
     """One result for each group, in order of first appearance.
 
-    Intervals are Wilson's where all scores of a group are 0 or 1, else a bootstrap after `seed`.
+    Intervals are Wilson's where all scores of a group are 0 or 1, else a bootstrap after `seed`;
+    both heed clusters.
 
     Args:
         overall: with several groups, add the mean over all items as the last result.
@@ -135,7 +184,7 @@ def summarise(
 def improvement(
     before: Sequence[Scored], after: Sequence[Scored], *, seed: int, overall: bool = False
 ) -> dict[str, Difference]:
-    """Gain of each group that `summarise` tells apart, paired by item.
+    """Gain of each group that `summarise` tells apart, paired by item, clusters as told by `after`.
 
     Raises:
         ValueError: the two hold different items.
@@ -144,7 +193,10 @@ def improvement(
         raise ValueError("the two scorings are not of the same items")
     return {
         name: paired_bootstrap(
-            [before[i].score for i in places], [after[i].score for i in places], seed=seed
+            [before[i].score for i in places],
+            [after[i].score for i in places],
+            seed=seed,
+            clusters=_clusters([after[i] for i in places]),
         )
         for name, places in _groups(before, overall=overall).items()
     }
@@ -198,12 +250,26 @@ def _groups(scored: Sequence[Scored], *, overall: bool) -> dict[str, list[int]]:
     return groups
 
 
+def _clusters(items: Sequence[Scored]) -> NDArray[np.int64]:
+    """The clusters' numbers in order of first appearance, `[items]`."""
+    known: dict[str | int, int] = {}
+    names = (place if one.cluster is None else one.cluster for place, one in enumerate(items))
+    return np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int64)
+
+
+def _per_cluster(scores: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Number of items and sum of scores of each cluster, `[2, clusters]`."""
+    return np.stack([np.bincount(clusters), np.bincount(clusters, scores)]).astype(np.float64)
+
+
 def _result(group: str, items: Sequence[Scored], seed: int) -> GroupResult:
     scores = [one.score for one in items]
+    clusters = _clusters(items)
     if set(scores) <= {0, 1}:
-        interval = wilson(int(sum(scores)), len(scores))
+        effect = design_effect(scores, clusters)
+        interval = wilson(int(sum(scores)), len(scores), design_effect=effect)
     else:
-        interval = bootstrap(scores, seed=seed)
+        interval = bootstrap(scores, seed=seed, clusters=clusters)
     chances = [one.chance for one in items if one.chance is not None]
     chance = fmean(chances) if len(chances) == len(items) else None
     return GroupResult(group, len(items), fmean(scores), *interval, chance)

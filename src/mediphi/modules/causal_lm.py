@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mediphi import attention
 from mediphi.backbone import BackboneSpec, build_model, float32_buffers
 from mediphi.batches import Batch
-from mediphi.config.schema import Optimizer, Phase
+from mediphi.config.stages import Optimizer, Phase
 from mediphi.modules.schedules import lr_factor
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from mediphi.config.schema import Phase
+from mediphi.config.stages import Phase
 
 
 def lr_factor(phase: Phase, step: int, num_steps: int) -> float:

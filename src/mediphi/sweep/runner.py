@@ -17,7 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mediphi.artifacts import check_data, locked, named_parents, read_config_hash, verify
+from mediphi.artifacts import (
+    check_data,
+    locked,
+    named_parents,
+    plain_folder,
+    read_config_hash,
+    verify,
+)
 from mediphi.config import config_hash
 from mediphi.data.fingerprint import fingerprint
 from mediphi.errors import ArtifactError, DataError, Interrupted
@@ -147,9 +154,11 @@ def _same_inputs(point: Point) -> bool:
             content = fingerprint(config.corpus, cache=Path(config.paths.cache))
     except DataError:  # they are gone: the artifact still stands
         content = None
-    parents = named_parents(config.model.folder) if config.model.is_pretrained else None
+    parents = plain = None
+    if config.model.is_pretrained:
+        parents, plain = named_parents(config.model.folder), plain_folder(config.model.folder)
     try:
-        check_data(point.run_dir, content, parents=parents)
+        check_data(point.run_dir, content, parents=parents, folder=plain)
     except ArtifactError:
         return False
     return True

@@ -97,7 +97,8 @@ def header(objective: Objective, groups: Mapping[str, Sequence[str]]) -> list[st
 
     Args:
         objective: of the stage.
-        groups: `kind`, `source`, `task`, `error`, `difficulty`, `group` -> the names that occur.
+        groups: `kind`, `source`, `task`, `error`, `difficulty`, `group` -> the names that occur;
+            `train/source` those of one split.
     """
     names: list[str] = []
     for metric in METRICS:
@@ -107,7 +108,8 @@ def header(objective: Objective, groups: Mapping[str, Sequence[str]]) -> list[st
         if slot is None:
             names.append(metric.name)
         else:
-            values = groups.get(slot, ())
+            split = metric.name.partition("/")[0]
+            values = groups.get(f"{split}/{slot}", groups.get(slot, ()))
             names += [metric.name.replace(f"{{{slot}}}", value) for value in values]
     return names
 

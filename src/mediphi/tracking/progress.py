@@ -31,6 +31,7 @@ CHATTER = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*`Trainer\(logger=.*",
     r".*IterableDataset.*__len__.*",
+    r".*`srun` command is available.*",
 )
 
 
@@ -65,6 +66,11 @@ def numbers(trainer: Trainer) -> str:
     return "  ".join(text.format(latest[name]) for name, text in SHOWN if name in latest)
 
 
+def evaluation_follows(trainer: Trainer) -> bool:
+    """Whether the last step is evaluated: the last numbers are told behind that, not before."""
+    return trainer.limit_val_batches != 0
+
+
 class ProgressLines(Callback):
     """`phase1 step 120/480  loss 3.214  lr 2.9e-03  41,230 tok/s  ETA 0:01:23` on stderr."""
 
@@ -88,10 +94,21 @@ class ProgressLines(Callback):
         if trainer.global_step == self._step or not trainer.is_global_zero:
             return
         self._step, now = trainer.global_step, time.monotonic()
-        if now - self._printed >= self.every_seconds or self._step == self.num_steps:
-            self._printed = now
-            place = f"{self.title} step {self._step}/{self.num_steps}"
-            _say(f"{place}  {numbers(trainer)}{self._eta(now)}")
+        is_due = now - self._printed >= self.every_seconds
+        if self._step == self.num_steps:
+            is_due = not evaluation_follows(trainer)
+        if is_due:
+            self._say_step(trainer, now)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if self._step == self.num_steps and trainer.is_global_zero:
+            self._say_step(trainer, time.monotonic())
+
+    def _say_step(self, trainer: Trainer, now: float) -> None:
+        self._printed = now
+        place = f"{self.title} step {self._step}/{self.num_steps}"
+        _say(f"{place}  {numbers(trainer)}{self._eta(now)}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = self._printed = time.monotonic()
@@ -157,8 +174,14 @@ class ProgressBar(Callback):
             done = trainer.global_step
             self._progress.update(self._task, completed=done, numbers=numbers(trainer))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.num_steps and self._progress is not None:
+            self._progress.update(self._task, numbers=numbers(trainer))
+            self._close()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        if trainer.global_step < self.num_steps or not evaluation_follows(trainer):
+            self._close()
 
     def on_predict_batch_end(
         self,

@@ -4,10 +4,12 @@ Rows mean here what they mean to TRL 1.16 (`trl.data_utils`). What its trainers 
 in another way than we do is refused, not guessed:
 
 - `tools`, `chat_template_kwargs` and images must be empty;
-- a completion, a chosen and a rejected answer are one message of the assistant each;
-- a conversational completion follows a prompt without answers: TRL would not learn those, a
-  `Conversation` learns every answer;
+- a chosen and a rejected answer are one message of the assistant each;
+- a conversational prompt ends with the user, and its completion goes on with the assistant;
 - `label: false` marks a worse answer (TRL's unpaired preference), not one to learn.
+
+One thing differs: of a completion of several messages TRL learns the user's too, here only the
+assistant's are learnt. An answer inside the prompt is context, as in TRL.
 
 Chat texts have no blanks around them; plain texts stay exactly as they are. No reason ever holds
 the text.
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 from mediphi.config.corpus import RowFormat
 from mediphi.data.sources import messages
 from mediphi.data.sources.bundled import content_key
-from mediphi.data.sources.checked import checked_text, value_of
+from mediphi.data.sources.checked import checked_text
 from mediphi.records import Turn
 
 Row = Mapping[str, Any]
@@ -53,6 +55,7 @@ class Dialogue(NamedTuple):
 
     turns: tuple[Turn, ...]
     is_chat: bool = True
+    num_prompt_turns: int = 0
 
 
 class Pair(NamedTuple):
@@ -70,6 +73,9 @@ def parts(row: Row, layout: RowFormat) -> Dialogue | Pair:
     Raises:
         ValueError: the reason why the row cannot be used.
     """
+    needed = COLUMNS[layout].needed
+    if missing := next((name for name in needed if name not in row), None):
+        raise ValueError(f"field {missing!r} is missing, format={layout} needs {', '.join(needed)}")
     if layout == "mediflow":
         return Dialogue((*_mediflow_prompt(row), Turn("assistant", _chat_text(row, "output"))))
     if layout == "mediflow_dpo":
@@ -80,7 +86,7 @@ def parts(row: Row, layout: RowFormat) -> Dialogue | Pair:
         if not messages.is_void(row.get(name)):
             raise ValueError(f"field {name!r} is not empty, and cannot be rendered")
     if layout == "messages":
-        return Dialogue(messages.turns(value_of(row, "messages"), "messages", last="assistant"))
+        return Dialogue(messages.turns(row["messages"], "messages", last="assistant"))
     if layout == "prompt_completion":
         return _prompt_completion(row)
     return _different(_preference(row))
@@ -159,13 +165,13 @@ def _is_inside_word(text: str, at: int) -> bool:
 def _mediflow_prompt(row: Row) -> tuple[Turn, ...]:
     """Instruction and document; Phi's format needs a user turn, so an instruction alone is one."""
     instruction = _chat_text(row, "instruction")
-    if _is_blank(value_of(row, "input")):
+    if _is_blank(row["input"]):
         return (Turn("user", instruction),)
     return Turn("system", instruction), Turn("user", _chat_text(row, "input"))
 
 
 def _prompt_completion(row: Row) -> Dialogue:
-    prompt, completion = value_of(row, "prompt"), value_of(row, "completion")
+    prompt, completion = row["prompt"], row["completion"]
     if row.get("label") is False:
         raise ValueError("field 'label' is false: a worse answer, not one to learn")
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -173,9 +179,8 @@ def _prompt_completion(row: Row) -> Dialogue:
         answer = Turn("assistant", checked_text(completion, "field 'completion'"))
         return Dialogue((user, answer), is_chat=False)
     turns = messages.turns(prompt, "prompt", last="user")
-    if any(turn.role == "assistant" for turn in turns):
-        raise ValueError("field 'prompt' holds an answer; take format=messages to learn it too")
-    return Dialogue((*turns, Turn("assistant", messages.answer(completion, "completion"))))
+    learnt = messages.turns(completion, "completion", last="assistant", continues=True)
+    return Dialogue((*turns, *learnt), num_prompt_turns=len(turns))
 
 
 def _preference(row: Row) -> Pair:
@@ -184,7 +189,7 @@ def _preference(row: Row) -> Pair:
     Beside whole conversations a `prompt` in plain text is ignored by TRL; here it must be one of
     their user turns.
     """
-    prompt, chosen, rejected = row.get("prompt"), value_of(row, "chosen"), value_of(row, "rejected")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _plain_preference(prompt, chosen, rejected)
     if isinstance(prompt, list | tuple):
@@ -220,4 +225,4 @@ def _is_blank(value: object) -> bool:
 
 
 def _chat_text(row: Row, name: str) -> str:
-    return checked_text(value_of(row, name), f"field {name!r}").strip()
+    return checked_text(row[name], f"field {name!r}").strip()

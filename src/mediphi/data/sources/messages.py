@@ -11,7 +11,7 @@ from mediphi.data.sources.checked import checked_text
 from mediphi.records import ROLES, Role, Turn
 
 
-def turns(value: object, name: str, *, last: Role) -> tuple[Turn, ...]:
+def turns(value: object, name: str, *, last: Role, continues: bool = False) -> tuple[Turn, ...]:
     """A system turn first or none, then user and assistant in turn.
 
     An empty system message is left out, as Phi's template does.
@@ -20,14 +20,17 @@ def turns(value: object, name: str, *, last: Role) -> tuple[Turn, ...]:
         value: the messages.
         name: their column, for reasons.
         last: role of the last message.
+        continues: they go on behind a user's turn: no system turn, the assistant first.
 
     Raises:
         ValueError: the reason; it never holds the text.
     """
     found = [_turn(m, f"message {n} of field {name!r}") for n, m in _numbered(value, name)]
-    found = found[1:] if found[0] == ("system", "") else found
-    first = 1 if found and found[0].role == "system" else 0
-    for number, turn in enumerate(found[first:]):
+    first = 0
+    if not continues:
+        found = found[1:] if found[0] == ("system", "") else found
+        first = 1 if found and found[0].role == "system" else 0
+    for number, turn in enumerate(found[first:], start=int(continues)):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
             raise ValueError(f"field {name!r} has {turn.role} where {expected} is due")

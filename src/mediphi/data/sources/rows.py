@@ -15,7 +15,7 @@ from mediphi.data.bad_rows import BadRows
 from mediphi.data.sources import chat_rows
 from mediphi.data.sources.bundled import content_key
 from mediphi.data.sources.checked import checked_key, checked_text, value_of
-from mediphi.records import Conversation, Document, Preference, Record
+from mediphi.records import Conversation, Document, Place, Preference, Record
 
 _LONG_KEY = 80
 
@@ -76,23 +76,24 @@ class Rows:
             DataError: the row is bad and the policy is `strict`.
         """
         try:
-            record = self._record(row, key)
+            record = self._record(row, key, Place(str(file), line))
         except ValueError as reason:
             self.bad_rows.reject(file, line, str(reason))
             return None
         self.bad_rows.accept()
         return record
 
-    def _record(self, row: Mapping[str, Any], key: str) -> Record:
+    def _record(self, row: Mapping[str, Any], key: str, place: Place) -> Record:
         layout = self.fields.format
         if layout == "text":
             return self._document(row, key)
         parts = chat_rows.parts(row, layout)
         labels, quality = chat_rows.labels(row, layout), chat_rows.quality(row, layout)
         identity = self._identity(row, key, group=chat_rows.group(row, layout))
+        more: dict[str, Any] = {"labels": labels, "quality": quality, "place": place}
         if isinstance(parts, chat_rows.Pair):
-            return Preference(*identity, *parts, labels, quality)
-        return Conversation(*identity, *parts, labels, quality)
+            return Preference(*identity, **parts._asdict(), **more)
+        return Conversation(*identity, **parts._asdict(), **more)
 
     def _document(self, row: Mapping[str, Any], key: str) -> Document:
         fields = self.fields
