@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mediphi.backbone import LOAD_ERRORS
-from mediphi.batches import IGNORE, Batch, PreferenceBatch
+from mediphi.batches import Batch, PreferenceBatch
 from mediphi.config.schema import ChatStage, Config, DpoStage
 from mediphi.engine import training_flops
 from mediphi.errors import UserError
@@ -45,20 +45,20 @@ class Budget:
 
     def batch_flops(self, batch: Batch) -> float:
         """Operations of training on a batch, attention by the pairs it really computes."""
-        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
-        pairs = float((lengths * (lengths + 1) / 2).sum())
+        lengths = batch.lengths
+        pairs = sum(n * (n + 1) // 2 for n in lengths)
         if isinstance(batch, PreferenceBatch):
             num_targets = len(batch.label_ids)
             if batch.shares_prompt:
-                prompt, chosen, rejected = lengths.view(-1, 3).unbind(1)
-                pairs += float((prompt * (chosen + rejected)).sum())
+                parts = zip(lengths[0::3], lengths[1::3], lengths[2::3], strict=True)
+                pairs += sum(prompt * (chosen + rejected) for prompt, chosen, rejected in parts)
         else:
-            num_targets = int((batch.target_ids != IGNORE).sum())
+            num_targets = len(batch.target_index)
         body = training_flops(
             num_matmul_parameters=self.num_matmul_parameters - self.num_head_parameters,
             hidden=self.model_config.hidden_size,
             layers=self.model_config.num_hidden_layers,
-            pairs=int(pairs),
+            pairs=pairs,
             tokens=batch.num_tokens,
         )
         return body + 6.0 * self.num_head_parameters * num_targets

@@ -22,6 +22,8 @@ SHOWN = (
     ("tokens_per_second", "{:,.0f} tok/s"),
 )
 CHATTER = (
+    r".*all_gather_into_tensor.*is deprecated.*",  # DeepSpeed calls it
+    r"The .srun. command",  # looked for even where nobody asks
     # What Lightning says of setups that are meant so.
     r".*does not have many workers.*",
     r".*`num_workers` argument.*",
