@@ -25,7 +25,7 @@ ALLOWED = {
     "strategies": CONTRACTS | {"attention", "backbone", "checkpointing"},
     "door": {"config", "errors"},
     "sweep": {"artifacts", "config", "data", "door", "errors"},
-    "engine": CONTRACTS | {"attention"},
+    "engine": CONTRACTS | {"attention", "strategies"},
     "backbone": CONTRACTS | {"attention", "lora"},
     "lora": CONTRACTS,
     "tracking": CONTRACTS | {"artifacts"},

@@ -19,6 +19,7 @@ from mediphi.backbone import BackboneSpec, build_model, prepare_training, shapes
 from mediphi.checkpointing.slices import LocalSlice
 from mediphi.strategies.checkpoints import Read, SlicedCheckpoints, moments_of
 from mediphi.strategies.sharding import (
+    Result,
     StoredWeights,
     make_rotary_buffers,
     plain_name,
@@ -73,11 +74,11 @@ class Fsdp2Strategy(SlicedCheckpoints, ModelParallelStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         step = super().validation_step
-        return self._without_backward(lambda: step(*args, **kwargs))
+        return self.compute(lambda: step(*args, **kwargs))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         step = super().predict_step
-        return self._without_backward(lambda: step(*args, **kwargs))
+        return self.compute(lambda: step(*args, **kwargs))
 
     def gradient_norm(self) -> Tensor:
         norm = nn.utils.get_total_norm(self._local_gradients())
@@ -91,6 +92,17 @@ class Fsdp2Strategy(SlicedCheckpoints, ModelParallelStrategy):
     def whole_tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in model.state_dict().items():
             yield name, _on_rank_zero(tensor)
+
+    def compute(self, step: Callable[[], Result]) -> Result:
+        """FSDP frees the root's parameters in backward; here it is told to.
+
+        What it gathers must not be born in inference mode, or backward could not use it later.
+        """
+        try:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self._backbone.run_gathered(step)
+        finally:
+            self._backbone.reshard()
 
     def local_slices(self) -> Iterator[LocalSlice]:
         state, keys = self.optimizers[0].state, moments_of(self.optimizers[0])
@@ -148,17 +160,6 @@ class Fsdp2Strategy(SlicedCheckpoints, ModelParallelStrategy):
                 filled[empty] = nn.Parameter(whole, requires_grad=empty.requires_grad)
             set_parameter(model, name, filled[empty])
         stored.refuse_faults()
-
-    def _without_backward(self, step: Callable[[], Any]) -> Any:
-        """FSDP frees the root's parameters in backward; here it is told to.
-
-        What it gathers must not be born in inference mode, or backward could not use it later.
-        """
-        try:
-            with torch.inference_mode(mode=False), torch.no_grad():
-                return self._backbone.run_gathered(step)
-        finally:
-            self._backbone.reshard()
 
     def _trained(self) -> list[tuple[str, Any]]:
         assert self.lightning_module is not None

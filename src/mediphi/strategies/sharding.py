@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from mediphi.backbone import (
     shapes_of,
 )
 from mediphi.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @runtime_checkable
@@ -53,6 +55,10 @@ class Sharded(Protocol):
 
         All ranks must iterate to the end.
         """
+        ...
+
+    def compute(self, step: Callable[[], Result]) -> Result:
+        """`step()`, which calls the split model without gradients, on all ranks alike."""
         ...
 
 

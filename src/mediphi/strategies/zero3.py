@@ -8,7 +8,7 @@ accumulation and clipping are ours.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +27,7 @@ from mediphi.backbone import BackboneSpec, build_model, prepare_training, shapes
 from mediphi.checkpointing.slices import LocalSlice
 from mediphi.errors import UserError
 from mediphi.strategies.checkpoints import Read, SlicedCheckpoints, moments_of
-from mediphi.strategies.sharding import StoredWeights, make_rotary_buffers
+from mediphi.strategies.sharding import Result, StoredWeights, make_rotary_buffers
 from mediphi.strategies.zero3_parameters import (
     OneByOne,
     gathered,
@@ -230,6 +230,10 @@ class Zero3Strategy(SlicedCheckpoints, DeepSpeedStrategy):
             is_split = hasattr(tensor, "ds_tensor")
             whole = gathered(tensor, self.root_device) if is_split else tensor.detach()
             yield name, whole.float().cpu() if self.is_global_zero else torch.empty(0)
+
+    def compute(self, step: Callable[[], Result]) -> Result:
+        with torch.no_grad():
+            return step()
 
     # What `SlicedCheckpoints` asks for ----------------------------------------------------------
 
