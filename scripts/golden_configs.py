@@ -29,8 +29,13 @@ def cases() -> dict[str, list[str]]:
 
 
 def partnered(overrides: list[str]) -> list[str]:
-    """A stage with a corpus that it can read, a corpus with a stage that can read it."""
+    """A stage with a corpus that it can read, and the like.
+
+    A corpus with a stage that can read it, eight GPUs with a model whose batch divides by eight.
+    """
     text = " ".join(overrides)
+    if "x8_" in text or "8_ddp" in text:
+        return [*overrides, "model=phi35_mini"]
     for stage, corpus in PARTNERS.items():
         if f"stage={stage}" in text:
             return [*overrides, f"corpus={corpus}"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from toy_store import TEXT, Piece, phi_like_tokenizer, toy_store
 
@@ -26,6 +27,7 @@ from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.modules.dpo import DpoModule, Objective
 from mediphi.modules.language_model import LanguageModelModule
 from mediphi.records import PIECE_KINDS, PieceKind
+from mediphi.strategies.sharding import Sharded
 
 SETTINGS = PlanSettings(kinds=PIECE_KINDS, capacity=48, global_batch=4, max_steps=5)
 CPU = engine.Device(type="cpu", name="test", precision="32-true", kernel="sdpa")
@@ -142,7 +144,12 @@ class Fit:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return {n: p.detach().clone() for n, p in self.module.backbone.named_parameters()}
+        """Whole on rank 0; where a strategy splits the model, empty on the others."""
+        backbone, strategy = self.module.backbone, self.module.trainer.strategy
+        if isinstance(strategy, Sharded):
+            return dict(strategy.whole_tensors(backbone))
+        found = backbone.named_parameters(remove_duplicate=False)
+        return {name: parameter.detach().clone() for name, parameter in found}
 
 
 def spec_of(folder: Path) -> BackboneSpec:
@@ -164,12 +171,17 @@ def options_of(folder: Path, data: PackedDataModule) -> dict[str, Any]:
 
 
 def make_module(
-    folder: Path, data: PackedDataModule, *, sgd: bool = True, **changes: Any
+    folder: Path,
+    data: PackedDataModule,
+    *,
+    sgd: bool = True,
+    kind: type[LanguageModelModule] | None = None,
+    **changes: Any,
 ) -> LanguageModelModule:
     names = data.group_names
     groups = {"kind": PIECE_KINDS, "source": names["source"], "task": names["task_type"]}
     options = {**options_of(folder, data), "group_names": groups, **changes}
-    return (SgdModule if sgd else LanguageModelModule)(**options)
+    return (kind or (SgdModule if sgd else LanguageModelModule))(**options)
 
 
 def make_dpo_module(
@@ -191,6 +203,9 @@ def fit(
     callbacks: Any = (),
     make: Callable[..., CausalLMModule] = make_module,
     references: References | None = None,
+    strategy: Strategy | None = None,
+    precision: str = "32-true",
+    checkpoint: Path | None = None,
     **module_changes: Any,
 ) -> Fit:
     is_whole = isinstance(settings, PlanSettings)
@@ -202,7 +217,7 @@ def fit(
     logged: list[dict[str, float]] = []
     trainer = engine.make_trainer(
         Hardware(accelerator="cpu", devices=chosen.world_size),
-        CPU,
+        replace(CPU, precision=precision),
         checkpoint_io=SafeCheckpointIO(),
         callbacks=list(callbacks),
         loggers=[],
@@ -213,8 +228,9 @@ def fit(
             "limit_val_batches": None if heldout else 0,
             "val_check_interval": data.train_plan.num_steps * data.train_plan.accumulate,
         },
+        strategy=strategy,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=checkpoint)
     if heldout:
         logged.append(module.heldout_meter.means("heldout", trainer.strategy))
     return Fit(module, data, logged, module.take_metrics())

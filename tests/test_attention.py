@@ -182,12 +182,11 @@ def reference_varlen(
     *,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
 ) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` documents, sequence by sequence."""
     assert query.dtype in (torch.bfloat16, torch.float16)  # the kernel has no float32
     assert window_size == (-1, 0)  # everything before, nothing after: causal
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert query.shape[1] == key.shape[1] == value.shape[1]  # all that every torch has
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and len(key) == len(value)
@@ -198,9 +197,7 @@ def reference_varlen(
         q, k, v = (x.transpose(0, 1).double() for x in (query[a:b], key[c:d], value[c:d]))
         # causal, as flash attention has it: the last query sees the last key
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         parts.append(out.transpose(0, 1))
     return torch.cat(parts).to(query.dtype)
 
@@ -429,6 +426,7 @@ def test_a_batch_of_pairs_brings_the_boundaries_of_its_layout(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
         cu_seqlens=row.cu_parts,
+        lengths=tuple(row.cu_parts.diff().tolist()),
         max_seqlen=62,
         shares_prompt=shares,
         logit_index=none,

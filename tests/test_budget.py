@@ -55,7 +55,7 @@ def counted_flops(model: Any, batch: Any) -> dict[str, int]:
             **attention.boundaries(batch, "sdpa"),
         ).last_hidden_state[0]
         out = chunked_cross_entropy(
-            hidden, model.lm_head.weight, batch.target_ids[0], chunk_tokens=16
+            hidden[batch.target_index], model.lm_head.weight, batch.label_ids, chunk_tokens=16
         )
         out.total.backward()
     counts = counter.get_flop_counts()["Global"]

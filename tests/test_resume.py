@@ -34,7 +34,7 @@ from mediphi.checkpointing import (
 )
 from mediphi.checkpointing.periodic import rng_states, set_rng_states
 from mediphi.checkpointing.safe_io import checkpoints_in
-from mediphi.errors import ArtifactError, Interrupted
+from mediphi.errors import Interrupted
 from mediphi.tracking.progress import silence_lightning
 
 
@@ -84,12 +84,15 @@ def test_random_states_are_restored_bitwise(tmp_path: Path) -> None:
     assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == expected
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    checkpoint = PeriodicCheckpoint(tmp_path, every_steps=1, keep=1)
-    checkpoint.load_state_dict({"rng": [rng_states(), rng_states()]})
-    trainer: Any = SimpleNamespace(world_size=1, global_step=3, global_rank=0)
-    with pytest.raises(ArtifactError, match="written by 2 processes, this run has 1"):
+def test_on_another_number_of_processes_noise_is_drawn_anew(tmp_path: Path) -> None:
+    drawn = []
+    for step, rank in ((3, 0), (3, 1), (4, 0), (3, 0)):
+        checkpoint = PeriodicCheckpoint(tmp_path, every_steps=1, keep=1)
+        checkpoint.load_state_dict({"rng": [rng_states(), rng_states()]})
+        trainer: Any = SimpleNamespace(world_size=3, global_step=step, global_rank=rank)
         checkpoint.on_train_start(trainer, Toy())
+        drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == 3 and drawn[0] == drawn[3]
 
 
 @pytest.fixture(scope="module")

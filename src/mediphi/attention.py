@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from mediphi.batches import Batch, PreferenceBatch
+from mediphi.batches import Batch, PreferenceBatch, send
 from mediphi.errors import UserError
 
 Kernel = Literal["flash", "varlen", "sdpa"]
@@ -55,8 +55,7 @@ class Block(NamedTuple):
     mask: Bool[Tensor, "sequences 1 longest longest_keys"] | None = None
 
     def to(self, device: torch.device) -> "Block":
-        mask = None if self.mask is None else self.mask.to(device)
-        return Block(self.rows.to(device), self.real.to(device), self.keys.to(device), mask)
+        return Block(*(None if part is None else send(part, device) for part in self))
 
 
 def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False) -> Kernel:
@@ -98,19 +97,28 @@ def available_kernels(device_type: str) -> list[Kernel]:
 def boundaries(batch: Batch, kernel: Kernel) -> dict[str, Any]:
     """Keyword arguments of the model call that keep the sequences of a row apart.
 
+    Worked out on the host, from lengths that it knows, and sent without waiting for the device.
+
     Raises:
         UserError: shared prompts, which the kernel cannot do.
     """
-    if isinstance(batch, PreferenceBatch) and batch.shares_prompt:
-        return shared_prompt_boundaries(batch.cu_seqlens, kernel)
-    if kernel == "sdpa":
-        return {"blocks": length_blocks(batch.cu_seqlens)}
-    return {
-        "cu_seq_lens_q": batch.cu_seqlens,
-        "cu_seq_lens_k": batch.cu_seqlens,
-        "max_length_q": batch.max_seqlen,
-        "max_length_k": batch.max_seqlen,
-    }
+    shares = isinstance(batch, PreferenceBatch) and batch.shares_prompt
+    if not shares and kernel != "sdpa":
+        return {
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "cu_seq_lens_k": batch.cu_seqlens,
+            "max_length_q": batch.max_seqlen,
+            "max_length_k": batch.max_seqlen,
+        }
+    bounds = torch.tensor([0, *batch.lengths]).cumsum(0).int()
+    made = shared_prompt_boundaries(bounds, kernel) if shares else {"blocks": length_blocks(bounds)}
+    return {name: _sent(value, batch.input_ids.device) for name, value in made.items()}
+
+
+def _sent(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [block.to(device) for block in value]
+    return send(value, device) if isinstance(value, Tensor) else value
 
 
 def shared_prompt_boundaries(
@@ -119,8 +127,9 @@ def shared_prompt_boundaries(
     """Keyword arguments of the model call on a row of pairs, each with its prompt once.
 
     Args:
-        cu_parts: `[3 * pairs + 1]`, boundaries of prompt, chosen and rejected answer of every pair
-            in turn; none is empty. The position ids of both answers go on from the prompt's.
+        cu_parts: `[3 * pairs + 1]`, on the CPU: boundaries of prompt, chosen and rejected answer of
+            every pair in turn; none is empty. The position ids of both answers go on from the
+            prompt's.
 
     Raises:
         UserError: `flash`, which transformers calls with the keys in the order of the row.
@@ -134,34 +143,33 @@ def shared_prompt_boundaries(
     for prompt, chosen, rejected, end in bounds.tolist():
         answer = torch.arange(rejected, end)
         keys += [torch.arange(prompt, rejected), torch.cat([torch.arange(prompt, chosen), answer])]
-    device, lengths_k = cu_parts.device, torch.tensor([len(k) for k in keys])
-    cu_seqlens_q = cu_parts[torch.arange(len(cu_parts), device=device) % 3 != 1]
+    lengths_k = torch.tensor([len(k) for k in keys])
+    cu_seqlens_q = cu_parts[torch.arange(len(cu_parts)) % 3 != 1]
     return {
         "cu_seq_lens_q": cu_seqlens_q,
-        "cu_seq_lens_k": F.pad(lengths_k.cumsum(0), (1, 0)).int().to(device),
+        "cu_seq_lens_k": F.pad(lengths_k.cumsum(0), (1, 0)).int(),
         "max_length_q": int(cu_seqlens_q.diff().max()),
         "max_length_k": int(lengths_k.max()),
-        "kv_index": torch.cat(keys).to(device),
+        "kv_index": torch.cat(keys),
     }
 
 
 def _pair_bounds(cu_parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where prompt, chosen and rejected answer of each pair start and the pair ends, `[pairs]`."""
-    bounds = cu_parts.long().cpu()
+    bounds = cu_parts.long()
     return bounds[:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]
 
 
 def length_blocks(cu_seqlens: Tensor, *, growth: float = 1.15) -> list[Block]:
-    """Group sequences so that padding within a block stays below `growth`."""
-    bounds = cu_seqlens.long().cpu()
-    blocks = _causal_blocks(bounds[:-1], bounds.diff(), growth)
-    return [block.to(cu_seqlens.device) for block in blocks]
+    """Group sequences so that padding within a block stays below `growth`; on the CPU."""
+    bounds = cu_seqlens.long()
+    return _causal_blocks(bounds[:-1], bounds.diff(), growth)
 
 
 def shared_prompt_blocks(
     cu_parts: Int32[Tensor, " parts_plus_1"], *, growth: float = 1.15
 ) -> list[Block]:
-    """Prompts with their chosen answers as causal blocks, then the rejected answers.
+    """Prompts with their chosen answers as causal blocks, then the rejected answers; on the CPU.
 
     Padding of queries and of keys within a block stays below `growth`.
     """
@@ -173,7 +181,7 @@ def shared_prompt_blocks(
             pairs = group[alike]
             where = prompts[pairs], rejected[pairs]
             blocks.append(_answer_block(*where, prompt_lengths[pairs], lengths[pairs]))
-    return [block.to(cu_parts.device) for block in blocks]
+    return blocks
 
 
 def _answer_block(
@@ -302,6 +310,8 @@ def varlen_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if (kv_index := kwargs.get("kv_index")) is not None:  # shared prompts are keys twice
         k, v = k[kv_index], v[kv_index]
+    if (groups := q.shape[1] // k.shape[1]) > 1:  # torch 2.11 has no grouped queries
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if q.dtype == torch.float32:  # the kernel computes in half precision only
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     out = varlen_attn(
@@ -314,7 +324,6 @@ def varlen_attention(
         kwargs["max_length_k"],
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=k.shape[1] != q.shape[1],
     )
     assert isinstance(out, Tensor)  # a pair only when auxiliary outputs are asked for
     return out.to(query.dtype).unsqueeze(0), None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ EOS_TOKEN = "<|endoftext|>"
 
 LOAD_ERRORS = (OSError, ValueError, ArithmeticError, StrictDataclassError, SafetensorError)
 """What transformers raises over a folder that is missing, damaged or senseless."""
+
+REMEDY = "give model.path a local Hugging Face folder, or a hub id where the hub can be reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +114,44 @@ def build_model(spec: BackboneSpec) -> PreTrainedModel:
         UserError: no such model, an architecture that needs remote code, weights that are not
             safetensors, do not fit the config, or are not finite; adapters that do not fit.
     """
-    implementation = attention.IMPLEMENTATIONS[spec.kernel]
     if spec.init == "random":
-        config = _from_hub_or_folder(AutoConfig, spec.folder, spec.revision)
         torch.manual_seed(spec.seed)
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=implementation, dtype=torch.float32
-        )
+        model = _from_config(spec)
     else:
         check_weights(spec.folder)
         model, loading = _from_hub_or_folder(
             AutoModelForCausalLM,
             spec.folder,
             spec.revision,
-            attn_implementation=implementation,
+            attn_implementation=attention.IMPLEMENTATIONS[spec.kernel],
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told in `loading`, and refused there
             output_loading_info=True,
         )
-        _refuse_misfits(model, loading, spec.folder)
+        faults = {
+            "missing": loading["missing_keys"],
+            "unknown": loading["unexpected_keys"],
+            "of another shape": [name for name, *_ in loading["mismatched_keys"]],
+            "not finite": [n for n, p in model.named_parameters() if not p.isfinite().all()],
+        }
+        refuse_misfits(spec.folder, faults)
+    prepare_training(model, spec)
+    return model
+
+
+def shapes_of(spec: BackboneSpec) -> PreTrainedModel:
+    """The plain model without numbers: all on the meta device, buffers too.
+
+    Raises:
+        UserError: no such model.
+    """
+    with torch.device("meta"):
+        return _from_config(spec)
+
+
+def prepare_training(model: Any, spec: BackboneSpec) -> None:
+    """All that a loaded model lacks for training: adapters, recomputed activations, train mode."""
     if spec.activation_checkpointing:
         _checkpoint_activations(model)
     # The end of text is also the padding token; we never pad, and PIT puts it between pieces, so
@@ -139,7 +160,14 @@ def build_model(spec: BackboneSpec) -> PreTrainedModel:
     if spec.lora is not None:
         add_adapters(model, spec.lora, seed=spec.seed)
     model.train()
-    return model
+
+
+def _from_config(spec: BackboneSpec) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        _from_hub_or_folder(AutoConfig, spec.folder, spec.revision),
+        attn_implementation=attention.IMPLEMENTATIONS[spec.kernel],
+        dtype=torch.float32,
+    )
 
 
 def check_weights(folder: str) -> None:
@@ -291,14 +319,11 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _refuse_misfits(model: PreTrainedModel, loading: dict[str, Any], folder: str) -> None:
-    """transformers draws missing tensors at random and says so in a log line only."""
-    faults = {
-        "missing": loading["missing_keys"],
-        "unknown": loading["unexpected_keys"],
-        "of another shape": [name for name, *_ in loading["mismatched_keys"]],
-        "not finite": [n for n, p in model.named_parameters() if not p.isfinite().all()],
-    }
+def refuse_misfits(folder: str, faults: Mapping[str, Collection[str]]) -> None:
+    """Raise ArtifactError if a kind of fault has names of tensors.
+
+    transformers draws missing tensors at random and says so in a log line only.
+    """
     for fault, names in faults.items():
         if names:
             raise ArtifactError(
@@ -316,16 +341,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _from_hub_or_folder(auto: Any, folder: str, revision: str, **options: Any) -> Any:
     """`auto.from_pretrained` with remote code off and one clear line when it fails."""
-    remedy = "give model.path a local Hugging Face folder, or a hub id where the hub can be reached"
     if not hub.reachable(folder):
         try:
             return auto.from_pretrained(
                 folder, revision=revision, trust_remote_code=False, local_files_only=True, **options
             )
         except (OSError, ValueError):
-            raise UserError(f"model {folder}: no such folder, and no network; {remedy}") from None
+            raise UserError(f"model {folder}: no such folder, and no network; {REMEDY}") from None
     try:
         return auto.from_pretrained(folder, revision=revision, trust_remote_code=False, **options)
     except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {folder}: cannot be loaded ({reason}); {remedy}") from error
+        raise cannot_be_loaded(folder, error) from error
+
+
+def cannot_be_loaded(folder: str, error: Exception) -> UserError:
+    """One line for one of `LOAD_ERRORS`."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"model {folder}: cannot be loaded ({reason}); {REMEDY}")

@@ -3,6 +3,9 @@
 A batch is one flat row `[1, T]` of whole sequences laid end to end (varlen layout): no padding, and
 attention must stay within `cu_seqlens`. Flash attention treats packed rows as packed only in this
 shape.
+
+What the host has to know about a batch is in it as plain numbers: asking the device would stop the
+host until all queued work is done.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -28,7 +31,9 @@ class TokenBatch:
         kind_ids: index into `records.PIECE_KINDS` of each target.
         source_ids: index into the data module's source names of each target.
         task_ids: index into the data module's task types of each target; 0 where rows name none.
+        target_index: positions of the row with a loss, ascending.
         cu_seqlens: sequence boundaries, 0 first and T last.
+        lengths: tokens of each sequence.
         max_seqlen: longest sequence.
         num_global_targets: positions with a loss in the whole global batch, over all
             micro-batches and ranks: the denominator of the token mean.
@@ -41,7 +46,9 @@ class TokenBatch:
     kind_ids: UInt8[Tensor, "1 tokens"]
     source_ids: UInt8[Tensor, "1 tokens"]
     task_ids: UInt8[Tensor, "1 tokens"]
+    target_index: Int64[Tensor, " targets"]
     cu_seqlens: Int32[Tensor, " sequences_plus_1"]
+    lengths: tuple[int, ...]
     max_seqlen: int
     num_global_targets: int
     document_index: Int64[Tensor, " sequences"]
@@ -50,8 +57,13 @@ class TokenBatch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
-        return replace(self, **_moved(self, device, non_blocking))
+    @property
+    def label_ids(self) -> Int64[Tensor, " targets"]:
+        """The tokens to be predicted, in the order of `target_index`."""
+        return self.target_ids[0].index_select(0, self.target_index)
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        return replace(self, **_sent(self, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +77,7 @@ class PreferenceBatch:
     Attributes:
         input_ids, position_ids: as in a `TokenBatch`.
         cu_seqlens: boundaries of sequences, `2 * pairs + 1`, or of segments, `3 * pairs + 1`.
+        lengths: tokens of each sequence or segment.
         max_seqlen: longest sequence, prompt and answer.
         shares_prompt: which of the two.
         logit_index: position of the row whose logits predict each answer token.
@@ -80,6 +93,7 @@ class PreferenceBatch:
     input_ids: Int64[Tensor, "1 tokens"]
     position_ids: Int64[Tensor, "1 tokens"]
     cu_seqlens: Int32[Tensor, " boundaries"]
+    lengths: tuple[int, ...]
     max_seqlen: int
     shares_prompt: bool
     logit_index: Int64[Tensor, " answer_tokens"]
@@ -100,16 +114,24 @@ class PreferenceBatch:
     def num_pairs(self) -> int:
         return len(self.document_index)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
-        return replace(self, **_moved(self, device, non_blocking))
+    def to(self, device: torch.device | str) -> "PreferenceBatch":
+        return replace(self, **_sent(self, device))
 
 
 Batch = TokenBatch | PreferenceBatch
 
 
-def _moved(batch: Any, device: torch.device | str, non_blocking: bool) -> dict[str, Tensor]:
-    return {
-        f.name: value.to(device, non_blocking=non_blocking)
-        for f in fields(batch)
-        if isinstance(value := getattr(batch, f.name), Tensor)
-    }
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, without waiting for a GPU.
+
+    From pinned memory the copy only joins the GPU's queue; from any other the host waits for all
+    that is queued before it.
+    """
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _sent(batch: Any, device: torch.device | str) -> dict[str, Tensor]:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return {n: send(value, device) for n, value in values.items() if isinstance(value, Tensor)}

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mediphi.backbone import LOAD_ERRORS
-from mediphi.batches import IGNORE, Batch, PreferenceBatch
+from mediphi.batches import Batch, PreferenceBatch
 from mediphi.config.schema import Config
 from mediphi.config.stages import ChatStage, DpoStage
 from mediphi.engine import training_flops
@@ -52,22 +52,22 @@ class Budget:
         Beside adapters the weights are frozen: they only hand a gradient on. Those of the first
         layer that need not even that, as nothing below is trained, count like the others.
         """
-        lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
-        pairs = float((lengths * (lengths + 1) / 2).sum())
+        lengths = batch.lengths
+        pairs = sum(n * (n + 1) // 2 for n in lengths)
         if isinstance(batch, PreferenceBatch):
             num_targets = len(batch.label_ids)
             if batch.shares_prompt:
-                prompt, chosen, rejected = lengths.view(-1, 3).unbind(1)
-                pairs += float((prompt * (chosen + rejected)).sum())
+                parts = zip(lengths[0::3], lengths[1::3], lengths[2::3], strict=True)
+                pairs += sum(prompt * (chosen + rejected) for prompt, chosen, rejected in parts)
         else:
-            num_targets = int((batch.target_ids != IGNORE).sum())
+            num_targets = len(batch.target_index)
         num_body = self.num_matmul_parameters - self.num_head_parameters
         body = training_flops(
             num_matmul_parameters=num_body + self.num_adapter_parameters,
             num_frozen_parameters=num_body if self.num_adapter_parameters else 0,
             hidden=self.model_config.hidden_size,
             layers=self.model_config.num_hidden_layers,
-            pairs=int(pairs),
+            pairs=pairs,
             tokens=batch.num_tokens,
         )
         per_head_parameter = 4.0 if self.num_adapter_parameters else 6.0

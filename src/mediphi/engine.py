@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 
 from mediphi.attention import Kernel, choose_kernel
 from mediphi.config.schema import Hardware
 from mediphi.errors import MachineError, UserError
+from mediphi.strategies.whole import Ddp, OneDevice
 
 Value = TypeVar("Value")
 
@@ -86,16 +87,23 @@ def make_trainer(
     callbacks: list[L.Callback],
     loggers: list[Logger],
     loop: dict[str, Any],
+    strategy: Strategy | None = None,
 ) -> L.Trainer:
-    """A Trainer for one phase; `loop` holds steps, accumulation, clipping and evaluation."""
+    """A Trainer for one phase; `loop` holds steps, accumulation, clipping and evaluation.
+
+    `strategy`: in place of the one that `hardware` asks for.
+    """
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        strategy=_strategy(hardware),
+        strategy=make_strategy(hardware, device) if strategy is None else strategy,
         precision=device.precision,  # type: ignore[arg-type]
         # Not guessed: Lightning would take a Slurm allocation around us for the starter.
-        plugins=[checkpoint_io, *([TorchElasticEnvironment()] if _is_one_of_several() else [])],
+        plugins=[
+            checkpoint_io,
+            TorchElasticEnvironment() if _is_one_of_several() else LightningEnvironment(),
+        ],
         callbacks=callbacks,
         logger=loggers,
         max_epochs=1,
@@ -113,13 +121,25 @@ def make_trainer(
     return trainer
 
 
-def _strategy(hardware: Hardware) -> Strategy | str:
-    """DDP without buffers: it would overwrite every rank's meters with those of rank 0."""
+def make_strategy(hardware: Hardware, device: Device) -> Strategy:
+    """How the processes of `hardware` share a model.
+
+    Raises:
+        UserError: DeepSpeed is asked for and not installed.
+    """
+    if hardware.strategy == "zero3":
+        from mediphi.strategies.zero3 import Zero3Strategy
+
+        return Zero3Strategy(device_type=device.type, offload=hardware.offload)
+    if hardware.strategy == "fsdp2":
+        from mediphi.strategies.fsdp2 import Fsdp2Strategy
+
+        return Fsdp2Strategy()
     if hardware.devices * hardware.num_nodes == 1:
-        return "auto"
+        return OneDevice(torch.device("cuda", 0) if device.type == "cuda" else torch.device("cpu"))
     # Its successor `forward_sync_buffers` is not in every torch that we allow.
     warnings.filterwarnings("ignore", r".*`broadcast_buffers` is deprecated", FutureWarning)
-    return DDPStrategy(broadcast_buffers=False)
+    return Ddp()
 
 
 def _is_one_of_several() -> bool:

@@ -45,7 +45,7 @@ def answer(
     """
     if isinstance(model, BackboneSpec):
         model = build_model(model)
-    model.to(device.type)  # type: ignore[arg-type]
+        model.to(device.type)  # type: ignore[arg-type]
     _refuse_too_long(prompts, max_new_tokens, model.config)
     stops = stop_ids(model, tokenizer)
     greedy = GenerationConfig(

@@ -1,13 +1,12 @@
 """What every held-out conversation costs a model, so that two models can be compared pairwise."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mediphi.backbone import BackboneSpec
-from mediphi.batches import IGNORE, TokenBatch
+from mediphi.batches import TokenBatch
 from mediphi.chat_exams import prompt_clusters
 from mediphi.config.stages import Optimizer, Phase
 from mediphi.data.loader import NO_DOCUMENT, PackedLoader
@@ -64,11 +63,10 @@ class HeldoutLoss:
 
 def _costs(out: Any, batch: TokenBatch) -> dict[int, float]:
     """Row of the store -> loss per learnt token."""
-    ends: Sequence[int] = batch.cu_seqlens.tolist()
-    losses = out.per_token.double().cpu()
+    losses = out.per_target.double().cpu()
+    ends = torch.searchsorted(batch.target_index, batch.cu_seqlens.long()).tolist()
     costs = {}
     for row, start, end in zip(batch.document_index.tolist(), ends, ends[1:], strict=False):
         if row != NO_DOCUMENT:
-            learnt = int((batch.target_ids[0, start:end] != IGNORE).sum())
-            costs[row] = float(losses[start:end].sum()) / learnt
+            costs[row] = float(losses[start:end].mean())
     return costs

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mediphi import engine, tracking
 from mediphi.artifacts import Parent, publish, rename_folder, room_for
@@ -34,6 +34,7 @@ from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.preparation import PreparedData
 from mediphi.samples import SAMPLES, GreedySamples
 from mediphi.stages import TrainingStage, make_module, phase_key, phases_of
+from mediphi.strategies.sharding import Sharded, whole_model
 from mediphi.tracking.progress import make_progress
 from mediphi.tracking.training_rows import TrainingRows
 
@@ -183,8 +184,9 @@ def fit_phase(run: Training, plan: PhasePlan, *, backbone: BackboneSpec, loggers
     trainer.fit(module, plan.data, ckpt_path=None if state is None else str(state))
     if has_heldout and steps.num_steps % every:
         trainer.validate(module, plan.data, verbose=False)
+    model = _whole_model(trainer, module)
     if rank() == 0:
-        _export(run, plan, module)
+        _export(run, plan, model)
 
 
 def _callbacks(run: Training, plan: PhasePlan) -> list[L.Callback]:
@@ -242,7 +244,15 @@ def _exports_adapter(config: Config) -> bool:
     )
 
 
-def _export(run: Training, plan: PhasePlan, module: CausalLMModule) -> None:
+def _whole_model(trainer: L.Trainer, module: CausalLMModule) -> PreTrainedModel:
+    """What was trained, on rank 0 in one piece."""
+    strategy: Any = trainer.strategy
+    if not isinstance(strategy, Sharded):
+        return module.backbone
+    return whole_model(strategy, module.spec, module.backbone)
+
+
+def _export(run: Training, plan: PhasePlan, model: PreTrainedModel) -> None:
     """Write beside the target, compare what a stranger would load, vouch for it, then rename."""
     target = run.model_folder(plan)
     staging = target.with_name(f".{target.name}.partial")
@@ -252,13 +262,13 @@ def _export(run: Training, plan: PhasePlan, module: CausalLMModule) -> None:
     try:
         with room_for(target, run.budget.num_parameters * dtype.itemsize):
             export_model(
-                module.backbone,
+                model,
                 run.tokenizer,
                 staging,
                 dtype=dtype,
                 with_adapter=_exports_adapter(run.config),
             )
-            reload_and_compare(module.backbone, staging, dtype=dtype)
+            reload_and_compare(model, staging, dtype=dtype)
             publish(
                 staging,
                 config_hash=config_hash(run.config),

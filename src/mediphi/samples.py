@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mediphi.data.heldout_prompts import HeldoutPrompt
 from mediphi.engine import Device
 from mediphi.generation import answer
 from mediphi.modules.causal_lm import CausalLMModule
+from mediphi.strategies.sharding import Sharded
 
 SAMPLES = "samples.jsonl"
 
@@ -42,16 +44,24 @@ class GreedySamples(Callback):
         self.max_new_tokens, self.device = max_new_tokens, device
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, CausalLMModule)
-        answers = answer(
+        ask = partial(
+            answer,
             pl_module.backbone,
             self.tokenizer,
             [prompt.prompt_ids for prompt in self.prompts],
             max_new_tokens=self.max_new_tokens,
             device=self.device,
         )
+        strategy: Any = trainer.strategy
+        if isinstance(strategy, Sharded):  # which no rank can ask alone
+            self._write(strategy.compute(ask), trainer)
+        elif trainer.is_global_zero:
+            self._write(ask(), trainer)
+
+    def _write(self, answers: list[str], trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
         step = trainer.global_step
         rows = [row for row in self._rows() if row["step"] < step]
         for prompt, text in zip(self.prompts, answers, strict=True):

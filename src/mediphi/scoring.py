@@ -1,7 +1,6 @@
 """The quiz on a model folder: build the model, feed packed rows, keep accuracies."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -56,14 +55,13 @@ def packed_logps(model: PreTrainedModel, device: Device) -> TokenLogps:
                 **attention.boundaries(batch, kernel),
             ).last_hidden_state[0]
             flat = token_logps(
-                hidden,
+                hidden.index_select(0, batch.target_index),
                 model.get_output_embeddings().weight,  # type: ignore[union-attr]
-                batch.target_ids[0],
+                batch.label_ids,
                 chunk_tokens=CHUNK_TOKENS,
             )
-        ends = batch.cu_seqlens.tolist()
-        rows = flat.cpu().numpy()
-        return [rows[a : b - 1] for a, b in pairwise(ends)]
+        ends = np.cumsum([n - 1 for n in batch.lengths])
+        return np.split(flat.cpu().numpy(), ends[:-1])
 
     return logps
 
@@ -83,7 +81,9 @@ def _flat(sequences: Sequence[Sequence[int]]) -> TokenBatch:
         kind_ids=zeros,
         source_ids=zeros,
         task_ids=zeros,
+        target_index=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
         cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        lengths=tuple(lengths.tolist()),
         max_seqlen=int(lengths.max()),
         num_global_targets=len(ids) - len(sequences),
         document_index=torch.arange(len(sequences)),

@@ -236,7 +236,7 @@ def test_a_healthy_model_starts(folder: Path, store: TokenStore):
 
 def losses(module: LanguageModelModule, batch: TokenBatch, *, seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
-    return module.loss(batch).per_token
+    return module.loss(batch).per_target
 
 
 def test_neftune_is_off_in_eval_mode_and_at_alpha_zero(folder: Path, store: TokenStore):

@@ -1,5 +1,6 @@
 """Chunked cross-entropy and log-probabilities are torch's, at a fraction of their memory."""
 
+from dataclasses import replace
 from typing import Any
 
 import jaxtyping
@@ -17,7 +18,7 @@ from mediphi.modules.losses import CrossEntropy, chunked_cross_entropy, token_lo
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(hidden @ weight.T, targets, reduction="none")
 
 
 def problem(
@@ -40,17 +41,16 @@ def with_grads(
 
 @settings(deadline=None, max_examples=60)
 @given(
-    keep=st.lists(st.booleans(), min_size=1, max_size=23),
+    tokens=st.integers(1, 23),
     vocab=st.integers(2, 40),
     chunk=st.integers(1, 30),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     scale=st.sampled_from([1.0, -0.5, 3.7]),
 )
 def test_value_and_gradient_are_those_of_full_cross_entropy(
-    keep: list[bool], vocab: int, chunk: int, dtype: torch.dtype, scale: float
+    tokens: int, vocab: int, chunk: int, dtype: torch.dtype, scale: float
 ):
-    hidden, weight, targets = problem(len(keep), vocab, dtype=dtype, seed=vocab)
-    targets[~torch.tensor(keep)] = IGNORE
+    hidden, weight, targets = problem(tokens, vocab, dtype=dtype, seed=vocab)
     expected = reference(hidden, weight, targets)
     want = with_grads(expected.sum(), hidden, weight, scale=scale)
     got = chunked_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
@@ -58,12 +58,11 @@ def test_value_and_gradient_are_those_of_full_cross_entropy(
     limit = {"atol": 5e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 0}
     for a, b in zip(with_grads(got.total, hidden, weight, scale=scale), want, strict=True):
         torch.testing.assert_close(a, b, **limit)
-    torch.testing.assert_close(got.per_token, expected.detach(), **limit)
+    torch.testing.assert_close(got.per_target, expected.detach(), **limit)
 
 
 def test_gradients_pass_torchs_numerical_check():
     hidden, weight, targets = problem(7, 5)
-    targets[2] = IGNORE
     for function in (
         lambda h, w: chunked_cross_entropy(h, w, targets, chunk_tokens=3).total,
         lambda h, w: token_logps(h, w, targets, chunk_tokens=3),
@@ -91,7 +90,7 @@ def test_bfloat16_inputs_give_bfloat16_gradients_and_float32_losses():
     out = chunked_cross_entropy(hidden, weight, targets, chunk_tokens=4)
     _, *grads = with_grads(out.total, hidden, weight)
     assert [g.dtype for g in grads] == [torch.bfloat16] * 2
-    assert out.per_token.dtype == out.total.dtype == torch.float32
+    assert out.per_target.dtype == out.total.dtype == torch.float32
 
 
 class LargestTensor(TorchDispatchMode):
@@ -120,19 +119,11 @@ def test_the_logits_never_exist_as_a_whole():
     assert ours.largest == max(chunk * vocab, vocab * size)
 
 
-def test_logits_exist_only_where_there_is_a_target():
-    hidden, weight, targets = problem(100, 200, dtype=torch.float32)
-    targets[3:] = IGNORE
-    with LargestTensor() as ours:
-        chunked_cross_entropy(hidden, weight, targets, chunk_tokens=50)
-    assert ours.largest == max(200 * 6, 100 * 6)  # weight gradient, hidden states
-
-
 def test_no_gradient_is_computed_under_no_grad():
     hidden, weight, targets = problem(40, 30, dtype=torch.float32)
     with torch.no_grad(), LargestTensor() as silent:
         out = chunked_cross_entropy(hidden, weight, targets, chunk_tokens=4)
-    assert silent.largest == 40 * 6 and not out.total.requires_grad
+    assert silent.largest == 30 * 6 and not out.total.requires_grad
     expected = reference(hidden, weight, targets)
     torch.testing.assert_close(out.total, expected.sum().detach(), atol=1e-4, rtol=1e-5)
 
@@ -152,24 +143,23 @@ def test_a_frozen_side_costs_nothing_and_the_other_keeps_its_gradient(frozen: st
     assert (hidden if frozen == "hidden" else weight).grad is None
 
 
-def test_per_token_losses_carry_no_gradient():
+def test_losses_of_targets_carry_no_gradient():
     hidden, weight, targets = problem(5, 4)
     out = chunked_cross_entropy(hidden, weight, targets, chunk_tokens=2)
-    assert not out.per_token.requires_grad and not out.correct.requires_grad
+    assert not out.per_target.requires_grad and not out.correct.requires_grad
 
 
 def test_without_a_target_the_sum_is_zero_and_so_is_every_gradient():
     """A rank without rows takes part in the step: its gradient must be there, and be zero."""
-    hidden, weight, targets = problem(4, 9)
-    out = chunked_cross_entropy(hidden, weight, targets.fill_(IGNORE), chunk_tokens=2)
+    hidden, weight, targets = problem(0, 9)
+    out = chunked_cross_entropy(hidden, weight, targets, chunk_tokens=2)
     total, *grads = with_grads(out.total, hidden, weight)
-    assert total == 0 and not any(g.any() for g in grads) and not out.per_token.any()
+    assert total == 0 and not any(g.any() for g in grads) and not len(out.per_target)
 
 
 def gathered_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logps = (hidden @ weight.T).log_softmax(-1)
-    own = logps.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    return own.masked_fill(targets == IGNORE, 0.0)
+    return logps.gather(1, targets[:, None]).squeeze(1)
 
 
 def upstream_gradient(tokens: int, dtype: torch.dtype) -> Tensor:
@@ -179,17 +169,16 @@ def upstream_gradient(tokens: int, dtype: torch.dtype) -> Tensor:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    keep=st.lists(st.booleans(), min_size=1, max_size=23),
+    tokens=st.integers(1, 23),
     vocab=st.integers(2, 40),
     chunk=st.integers(1, 30),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_log_probs_and_their_gradients_are_those_of_full_log_softmax(
-    keep: list[bool], vocab: int, chunk: int, dtype: torch.dtype
+    tokens: int, vocab: int, chunk: int, dtype: torch.dtype
 ):
-    hidden, weight, targets = problem(len(keep), vocab, dtype=dtype, seed=vocab)
-    targets[~torch.tensor(keep)] = IGNORE
-    upstream = upstream_gradient(len(keep), dtype)
+    hidden, weight, targets = problem(tokens, vocab, dtype=dtype, seed=vocab)
+    upstream = upstream_gradient(tokens, dtype)
     expected = gathered_logps(hidden, weight, targets)
     want = with_grads(expected @ upstream, hidden, weight)
     got = token_logps(hidden, weight, targets, chunk_tokens=chunk)
@@ -197,8 +186,6 @@ def test_log_probs_and_their_gradients_are_those_of_full_log_softmax(
     for a, b in zip(with_grads(got @ upstream, hidden, weight), want, strict=True):
         torch.testing.assert_close(a, b, **limit)
     torch.testing.assert_close(got.detach(), expected.detach(), **limit)
-    assert not got[targets == IGNORE].any()
-    assert hidden.grad is not None and not hidden.grad[targets == IGNORE].any()
 
 
 def test_log_probs_in_bf16_autocast_are_as_close_to_float32_as_torchs_own():
@@ -289,19 +276,17 @@ def test_a_frozen_side_gets_no_gradient_of_log_probs(frozen: str):
 
 
 def test_without_a_target_log_probs_have_zero_gradients():
-    hidden, weight, targets = problem(4, 9)
-    out = token_logps(hidden, weight, targets.fill_(IGNORE), chunk_tokens=2)
+    hidden, weight, targets = problem(0, 9)
+    out = token_logps(hidden, weight, targets, chunk_tokens=2)
     _, *grads = with_grads(out.sum(), hidden, weight)
-    assert not out.any() and not any(g.any() for g in grads)
+    assert not len(out) and not any(g.any() for g in grads)
 
 
 @settings(deadline=None, max_examples=30)
-@given(keep=st.lists(st.booleans(), min_size=1, max_size=23), chunk=st.integers(1, 30))
-def test_a_target_is_correct_where_it_is_the_argmax(keep: list[bool], chunk: int):
-    hidden, weight, targets = problem(len(keep), 3, seed=len(keep))
-    targets[~torch.tensor(keep)] = IGNORE
+@given(tokens=st.integers(1, 23), chunk=st.integers(1, 30))
+def test_a_target_is_correct_where_it_is_the_argmax(tokens: int, chunk: int):
+    hidden, weight, targets = problem(tokens, 3, seed=tokens)
     out = chunked_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
-    # IGNORE is no token, so never the argmax
     assert torch.equal(out.correct, (hidden @ weight.T).argmax(-1) == targets)
 
 
@@ -327,13 +312,13 @@ def test_loss_and_gradients_of_a_model_are_transformers_own():
     batch = packed([document])
     labels = document.clone()
     labels[5:9] = IGNORE
-    batch.target_ids[0, 4:8] = IGNORE
+    batch = replace(batch, target_index=torch.tensor([*range(4), *range(8, 36)]))
     model(input_ids=document[None], labels=labels[None], use_cache=False).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     hidden = model.model(input_ids=document[None], use_cache=False).last_hidden_state[0]
     out: CrossEntropy = chunked_cross_entropy(
-        hidden, model.lm_head.weight, batch.target_ids[0], chunk_tokens=8
+        hidden[batch.target_index], model.lm_head.weight, batch.label_ids, chunk_tokens=8
     )
     (out.total / 32).backward()
     for name, parameter in model.named_parameters():

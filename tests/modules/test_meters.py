@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_models import packed, random_documents
 from torch import Tensor
 
-from mediphi.batches import IGNORE, PreferenceBatch, TokenBatch
+from mediphi.batches import PreferenceBatch, TokenBatch
 from mediphi.modules.losses import CrossEntropy
 from mediphi.modules.meters import PairMeter, TokenMeter, preferred
 from mediphi.modules.preference_losses import PairLogps, PreferenceLoss
@@ -38,21 +38,21 @@ def labelled(
     kinds: list[int], sources: list[int], trained: list[bool], tasks: list[int] | None = None
 ) -> TokenBatch:
     batch = packed(random_documents([len(kinds)]))
-    targets = torch.where(torch.tensor(trained), 5, IGNORE)[None]
+    (at,) = torch.tensor(trained).nonzero(as_tuple=True)
     ids = {"kind_ids": kinds, "source_ids": sources, "task_ids": tasks or [0] * len(kinds)}
     columns = {name: torch.tensor([own], dtype=torch.uint8) for name, own in ids.items()}
-    return replace(batch, target_ids=targets, **columns)
+    return replace(batch, target_index=at, **columns)
 
 
 def entropy(losses: list[float], correct: list[bool] | None = None) -> CrossEntropy:
-    per_token = torch.tensor(losses)
-    return CrossEntropy(per_token.sum(), per_token, torch.tensor(correct or [False] * len(losses)))
+    each = torch.tensor(losses)
+    return CrossEntropy(each.sum(), each, torch.tensor(correct or [False] * len(losses)).bool())
 
 
 def worked_example() -> TokenMeter:
     meter = TokenMeter(NAMES)
     meter.update(
-        entropy([1.0, 2.0, 3.0, 0.0], [True, False, True, False]),
+        entropy([1.0, 2.0, 3.0], [True, False, True]),
         labelled([0, 1, 1, 1], [0, 0, 2, 2], [True, True, True, False]),
     )
     meter.update(entropy([6.0], [True]), labelled([0], [2], [True]))
@@ -96,7 +96,7 @@ def meter_of(batches: list[list[tuple[int, int, bool, float]]]) -> TokenMeter:
     meter = TokenMeter(NAMES)
     for tokens in batches:
         kinds, sources, trained, losses = (list(column) for column in zip(*tokens, strict=True))
-        own = [loss * one for loss, one in zip(losses, trained, strict=True)]
+        own = [loss for loss, one in zip(losses, trained, strict=True) if one]
         meter.update(entropy(own), labelled(kinds, sources, trained))
     return meter
 
@@ -190,6 +190,7 @@ def pairs(errors: list[int]) -> PreferenceBatch:
         input_ids=zero[None],
         position_ids=zero[None],
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        lengths=(1,),
         max_seqlen=1,
         shares_prompt=False,
         logit_index=zero[:0],

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from small_models import ASSETS, small_model
 from torch import Tensor
 
-from mediphi.batches import IGNORE
 from mediphi.modules.losses import token_logps
 from mediphi.modules.preference_losses import PairLogps, PairLoss, PreferenceLoss, dpo_loss
 
@@ -278,10 +277,10 @@ def summed_logps(model: Any, batch: dict[str, Tensor]) -> PairLogps:
     hidden = model.model(
         input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
     ).last_hidden_state[:, :-1]
-    targets = ids[:, 1:].masked_fill(mask == 0, IGNORE)
-    flat = token_logps(
-        hidden.flatten(0, 1), model.lm_head.weight, targets.flatten(), chunk_tokens=5
-    )
+    (at,) = mask.flatten().nonzero(as_tuple=True)
+    targets = ids[:, 1:].flatten()[at]
+    own = token_logps(hidden.flatten(0, 1)[at], model.lm_head.weight, targets, chunk_tokens=5)
+    flat = own.new_zeros(mask.numel()).index_copy(0, at, own)
     return PairLogps(*flat.view(mask.shape).sum(1).chunk(2), *mask.sum(1).chunk(2))
 
 

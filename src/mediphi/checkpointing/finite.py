@@ -48,8 +48,7 @@ class FiniteGuard(Callback):
     ) -> None:
         losses, rows = torch.stack(self._losses).float(), self._rows
         self._losses, self._rows = [], []
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+        norm = _gradient_norm(trainer, optimizer)
         finite = bool(torch.isfinite(losses).all() & torch.isfinite(norm))
         if trainer.world_size > 1:
             finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
@@ -72,6 +71,14 @@ class FiniteGuard(Callback):
         names = ", ".join(self.document_id(n) for n in numbers[:MAX_NAMES])
         hidden = len(numbers) - MAX_NAMES
         return f"{names} and {hidden} more" if hidden > 0 else names
+
+
+def _gradient_norm(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
+    strategy: Any = trainer.strategy
+    if hasattr(strategy, "gradient_norm"):  # no rank has all gradients
+        return strategy.gradient_norm()
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return torch.nn.utils.get_total_norm([g for g in grads if g is not None])
 
 
 def _from_all_ranks(mine: tuple[bool, str]) -> list[tuple[bool, str]]:

@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mediphi.checkpointing.safe_io import remove_staging, retain, step_folder
-from mediphi.errors import ArtifactError, Interrupted
+from mediphi.errors import Interrupted
 
 
 class PeriodicCheckpoint(Callback):
@@ -51,18 +51,28 @@ class PeriodicCheckpoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["rng"]
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Where ranks share out a step in another way now, Lightning counts its batches anew."""
+        steps = checkpoint["global_step"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({key: steps * trainer.accumulate_grad_batches for key in counts})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Random states go back last: building the model and the loaders has drawn numbers."""
+        """Random states go back last: building the model and the loaders has drawn numbers.
+
+        On another number of ranks there are none to go back to: noise is drawn anew, so that the
+        run ends like an undisturbed one only as far as it uses none.
+        """
         self._saved_step = trainer.global_step
         if self._restored is None:
             return
-        if len(self._restored) != trainer.world_size:
-            raise ArtifactError(
-                f"the checkpoint in {self.folder} was written by {len(self._restored)} processes, "
-                f"this run has {trainer.world_size}: set hardware.devices and hardware.num_nodes "
-                "as they were"
-            )
-        set_rng_states(self._restored[trainer.global_rank])
+        if len(self._restored) == trainer.world_size:
+            set_rng_states(self._restored[trainer.global_rank])
+        else:
+            torch.manual_seed(hash((trainer.global_step, trainer.global_rank)))
         self._restored = None
 
     def on_train_batch_end(

@@ -1,8 +1,9 @@
 """Resumable states that a kill, a full disk or a flipped bit cannot turn into a wrong model.
 
-A checkpoint is a folder `step-00000120/` with `state.pt` and `manifest.json`. It is staged beside
-its place on the same file system, synced, and renamed: either all of it is there or none.
-Lightning's own writer stages in `$TMPDIR` and copies from there, which is not atomic.
+A checkpoint is a folder `step-00000120/` with `state.pt`, the slices of weights and optimizer
+moments of every rank (`slices.py`), and `manifest.json`. It is staged beside its place on the same
+file system, synced, and renamed: either all of it is there or none. Lightning's own writer stages
+in `$TMPDIR` and copies from there, which is not atomic.
 """
 
 import errno
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from mediphi.checkpointing.slices import slice_file
+from mediphi.checkpointing.together import is_rank_zero, together
 from mediphi.errors import ArtifactError, MachineError
 
 STATE, MANIFEST, POINTER = "state.pt", "manifest.json", "last"
-FORMAT = 1
+FORMAT = 2
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 STAGING = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 READ_BYTES = 1 << 22
@@ -39,23 +42,29 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write `checkpoint` to the folder `path` and point `last` at it.
+        """Write `checkpoint` to the folder `path` and point `last` at it; all ranks together.
+
+        Args:
+            checkpoint: of rank 0; the other ranks' is not written.
+            storage_options: this rank's slices, from tensor names to what `torch.save` takes.
 
         Raises:
-            MachineError: the disk is full or cannot be written; nothing is left behind.
+            MachineError: a disk is full or cannot be written; nothing is left behind.
         """
         target = Path(path)
         staging = target.with_name(f".{target.name}.partial")
+        own: dict[str, Any] = {} if storage_options is None else {slice_file(): storage_options}
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_staging(target.parent)
-            staging.mkdir()
-            _write_state(checkpoint, staging)
-            _replace_folder(staging, target)
-            _write_synced(target.parent / POINTER, f"{target.name}\n".encode())
+            together(lambda: _make_folder(staging) if is_rank_zero() else None)
+            if is_rank_zero():
+                own[STATE] = checkpoint
+            written = together(lambda: {n: _write(part, staging / n) for n, part in own.items()})
+            files = {name: file for of_rank in written for name, file in of_rank.items()}
+            together(lambda: _finish(files, checkpoint, staging, target))
         except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise _disk_error(error, target, checkpoint) from None
+            if is_rank_zero():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise _disk_error(error, target, [checkpoint, storage_options]) from None
 
     def load_checkpoint(
         self,
@@ -133,14 +142,20 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if manifest.get("format") != FORMAT:
+        return f"{MANIFEST} has format {manifest.get('format')}, not {FORMAT}"
     if manifest["step"] != step_of(checkpoint):
         return f"{MANIFEST} is of step {manifest['step']}"
-    state = checkpoint / STATE
-    if not state.is_file():
-        return f"{STATE} is missing"
-    if state.stat().st_size != manifest["size"]:
-        return f"{STATE} has {state.stat().st_size} bytes, not {manifest['size']}"
-    return None if file_sha256(state) == manifest["sha256"] else f"{STATE}: sha256 differs"
+    faults = (_file_damage(checkpoint / n, file) for n, file in manifest["files"].items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _file_damage(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["size"]:
+        return f"{path.name} has {path.stat().st_size} bytes, not {expected['size']}"
+    return None if file_sha256(path) == expected["sha256"] else f"{path.name}: sha256 differs"
 
 
 def file_sha256(path: Path) -> str:
@@ -211,27 +226,42 @@ class _HashedFile(io.RawIOBase):
         super().close()
 
 
-def _write_state(checkpoint: dict[str, Any], folder: Path) -> None:
-    with _HashedFile(folder / STATE) as file:
+def _make_folder(staging: Path) -> None:
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    remove_staging(staging.parent)
+    staging.mkdir()
+
+
+def _write(content: Any, path: Path) -> dict[str, Any]:
+    """One file of a checkpoint, synced; its entry in the manifest."""
+    with _HashedFile(path) as file:
         try:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]
+            torch.save(content, file)  # type: ignore[arg-type]
         except RuntimeError:
             if file.error is not None:
                 raise file.error from None
             raise
         os.fsync(file.raw.fileno())
+    return {"size": file.size, "sha256": file.sha256.hexdigest()}
+
+
+def _finish(files: dict[str, Any], checkpoint: dict[str, Any], staging: Path, target: Path) -> None:
+    """Vouch for what all ranks have written, and move it to its place."""
+    if not is_rank_zero():
+        return
     manifest = {
         "format": FORMAT,
         "step": checkpoint["global_step"],
-        "size": file.size,
-        "sha256": file.sha256.hexdigest(),
+        "files": files,
         "versions": {
             "torch": str(torch.__version__),
             "lightning": checkpoint.get("pytorch-lightning_version"),
         },
     }
-    _write_synced(folder / MANIFEST, _manifest_bytes(manifest))
-    _sync_folder(folder)
+    _write_synced(staging / MANIFEST, _manifest_bytes(manifest))
+    _sync_folder(staging)
+    _replace_folder(staging, target)
+    _write_synced(target.parent / POINTER, f"{target.name}\n".encode())
 
 
 def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
@@ -268,8 +298,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_error(error: OSError, target: Path, checkpoint: dict[str, Any]) -> MachineError:
-    needed, place = _tensor_bytes(checkpoint), target.parent
+def _disk_error(error: OSError, target: Path, content: Any) -> MachineError:
+    needed, place = _tensor_bytes(content), target.parent
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

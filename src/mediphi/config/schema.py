@@ -66,9 +66,14 @@ class Hardware(Strict):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: a GPU if there is one."""
     devices: PositiveInt = 1
-    """Processes per node; more than one starts them and uses DDP."""
+    """Processes per node; more than one starts them."""
     num_nodes: PositiveInt = 1
     """More than one: start torchrun on every node."""
+    strategy: Literal["auto", "ddp", "zero3", "fsdp2"] = "auto"
+    """How processes share the work; auto: DDP, where each keeps the whole model. zero3 (DeepSpeed)
+    and fsdp2 (PyTorch) split weights, gradients and moments."""
+    offload: bool = False
+    """With zero3: keep what is split in the machine's memory, and step there; slower."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """auto: bf16 autocast where the chip has it, else float32."""
     micro_batch: PositiveInt = 1
@@ -90,6 +95,8 @@ class Hardware(Strict):
     def broken_rules(self) -> Iterator[BrokenRule]:
         if self.accelerator == "cpu" and self.attention in ("flash", "varlen"):
             yield BrokenRule("attention", "accelerator=cpu has auto and sdpa; flash is for GPUs")
+        if self.offload and self.strategy != "zero3":
+            yield BrokenRule("offload", "only strategy=zero3 keeps its parts in main memory")
 
 
 class Logger(Strict):

@@ -101,28 +101,23 @@ class ResumableLoader(PackedLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the last trained batch.
+        """Go on behind the last trained optimizer step, however ranks share out its rows now.
 
         Raises:
-            ArtifactError: the state belongs to other data or settings, or lies inside a step.
+            ArtifactError: the state belongs to other data, or lies inside a step.
         """
         if state["fingerprint"] != self.plan.fingerprint:
             raise ArtifactError(
                 "checkpoint: its data, order or global batch differ from this run's; "
                 "restore them or start afresh with on_existing=overwrite"
             )
-        accumulate = self.plan.accumulate
-        if state["accumulate"] != accumulate:
-            raise ArtifactError(
-                f"checkpoint: made with {state['accumulate']} micro-batches per step and rank, "
-                f"this run has {accumulate}; keep hardware.micro_batch x devices as it was"
-            )
-        if state["consumed"] % accumulate:
+        steps, rest = divmod(state["consumed"], state["accumulate"])
+        if rest:
             raise ArtifactError(
                 f"checkpoint: made inside an optimizer step (micro-batch {state['consumed']} of "
-                f"{accumulate} per step), its gradients are lost; use the one before it"
+                f"{state['accumulate']} per step), its gradients are lost; use the one before it"
             )
-        self.consumed = state["consumed"]
+        self.consumed = steps * self.plan.accumulate
 
 
 def collate(
@@ -155,7 +150,9 @@ def collate(
     }
     return TokenBatch(
         **{name: torch.from_numpy(values).unsqueeze(0) for name, values in row.items()},
+        target_index=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
         cu_seqlens=torch.from_numpy(np.append(0, ends).astype(np.int32)),
+        lengths=tuple(chunks.length.tolist()),
         max_seqlen=int(chunks.length.max()),
         num_global_targets=num_global_targets,
         document_index=torch.from_numpy(chunks.document),
@@ -173,7 +170,9 @@ def filler(eos_id: int, *, num_global_targets: int) -> TokenBatch:
         kind_ids=no_group,
         source_ids=no_group,
         task_ids=no_group,
+        target_index=zero[0, :0],
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        lengths=(1,),
         max_seqlen=1,
         num_global_targets=num_global_targets,
         document_index=torch.tensor([NO_DOCUMENT]),

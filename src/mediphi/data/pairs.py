@@ -40,7 +40,8 @@ def collate_pairs(
     logit_index, label_place = _answers(parts, ends, shared=shared)
     pairs = len(parts)
     if not pairs:  # attention needs a token
-        input_ids, positions, runs = np.array([plan.store.eos_id]), np.zeros(1, np.int64), [1]
+        input_ids, positions = np.array([plan.store.eos_id]), np.zeros(1, np.int64)
+        runs = np.ones(1, np.int64)
     logps = np.full((pairs, 2), np.nan, dtype=np.float32)
     if reference is not None:
         logps = np.asarray(reference[chunks.document], dtype=np.float32)
@@ -48,6 +49,7 @@ def collate_pairs(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(positions)[None],
         cu_seqlens=torch.from_numpy(np.append(0, runs).astype(np.int32)),
+        lengths=tuple(np.diff(runs.flatten(), prepend=0).tolist()),
         max_seqlen=int((parts[:, 0] + parts[:, 1:].max(axis=1)).max()) if pairs else 1,
         shares_prompt=shared and pairs > 0,
         logit_index=torch.from_numpy(logit_index),

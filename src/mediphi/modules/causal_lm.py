@@ -1,6 +1,7 @@
 """What the LightningModules of all training stages share: wiring, no mathematics."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from mediphi.backbone import BackboneSpec, build_model, float32_buffers
 from mediphi.batches import Batch
 from mediphi.config.stages import Optimizer, Phase
 from mediphi.modules.schedules import lr_factor
+from mediphi.strategies.sharding import Sharded
 
 
 class CausalLMModule(L.LightningModule):
@@ -54,7 +56,8 @@ class CausalLMModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = build_model(self.spec)
+            build = build_model if self._sharded is None else self._sharded.build
+            self.model = build(self.spec)
 
     def on_fit_start(self) -> None:
         """Two silent failures of this stack, looked at once: eval mode and bf16 RoPE buffers."""
@@ -64,6 +67,12 @@ class CausalLMModule(L.LightningModule):
             raise RuntimeError(f"rotary buffers are not float32: {', '.join(rounded)}")
         if self.global_rank:  # the same weights, but noise of its own; a resume restores it later
             torch.manual_seed(self.spec.seed + self.global_rank)
+
+    @property
+    def _sharded(self) -> Sharded | None:
+        """The strategy, where it splits the model."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, Sharded) else None
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -88,8 +97,12 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         """Clip by the global norm, and keep the norm before clipping: it is a metric."""
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        trained = [p for p in self.parameters() if p.requires_grad]
-        self._grad_norm = nn.utils.clip_grad_norm_(trained, limit)
+        if self._sharded is None:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            self._grad_norm = nn.utils.clip_grad_norm_(trained, limit)
+        else:
+            self._grad_norm = self._sharded.gradient_norm()
+            self._sharded.clip_gradients_to(limit, self._grad_norm)
         self._last_lr = optimizer.param_groups[0]["lr"]
 
     def take_metrics(self) -> dict[str, float]:
@@ -99,13 +112,19 @@ class CausalLMModule(L.LightningModule):
         return {**means, "lr": self._last_lr, "grad_norm": float(self._grad_norm)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rank 0 saves for all ranks: each goes on with an equal share of what all have summed."""
+        """Rank 0 saves what all ranks have summed."""
+        self._change_sums(
+            checkpoint, lambda sums: self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Each rank, however many there are now, goes on with an equal share."""
+        self._change_sums(checkpoint, lambda sums: sums / self.trainer.world_size)
+
+    def _change_sums(self, checkpoint: dict[str, Any], change: Callable[[Tensor], Any]) -> None:
         state = checkpoint["state_dict"]
-        if self.spec.lora is not None:
-            for name in [n for n, p in self.named_parameters() if not p.requires_grad]:
-                del state[name]
         for name in [n for n in state if n.startswith("train_meter.")]:
-            state[name] = self.trainer.strategy.reduce(state[name].clone(), reduce_op="mean")
+            state[name] = change(state[name])
 
     def on_validation_epoch_start(self) -> None:
         self.heldout_meter.reset()

@@ -88,7 +88,8 @@ class DpoModule(CausalLMModule):
             chunk_tokens=self.spec.loss_chunk_tokens,
         )
         sums = per_token.new_zeros(2 * batch.num_pairs).index_add(0, batch.answer_ids, per_token)
-        sizes = torch.bincount(batch.answer_ids, minlength=2 * batch.num_pairs)
+        ones = torch.ones_like(batch.answer_ids)
+        sizes = ones.new_zeros(2 * batch.num_pairs).index_add(0, batch.answer_ids, ones)
         return PairLogps(sums[0::2], sums[1::2], sizes[0::2], sizes[1::2])
 
     def loss(self, batch: PreferenceBatch) -> tuple[PreferenceLoss, PairLogps, PairLogps | None]:

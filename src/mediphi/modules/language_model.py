@@ -12,7 +12,7 @@ from mediphi.modules.neftune import add_neftune_noise
 
 
 class LanguageModelModule(CausalLMModule):
-    """Cross-entropy of the targets of packed rows.
+    """Cross-entropy of the targets of packed rows; logits exist at targets only.
 
     Args:
         group_names: names of `kind_ids` (key `kind`), `source_ids` and `task_ids` in metrics.
@@ -29,14 +29,14 @@ class LanguageModelModule(CausalLMModule):
         self.heldout_meter = TokenMeter(group_names)
 
     def loss(self, batch: TokenBatch) -> CrossEntropy:
-        """Cross-entropy of one micro-batch: the sum over its targets, and each token's own."""
+        """Cross-entropy of one micro-batch: the sum over its targets, and each one's own."""
         embeddings = self.backbone.get_input_embeddings()(batch.input_ids)
         if self.training and self.neftune_alpha:
             embeddings = add_neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha)
         return chunked_cross_entropy(
-            self.hidden_states(batch, embeddings),
+            self.hidden_states(batch, embeddings).index_select(0, batch.target_index),
             self.head,
-            batch.target_ids[0],
+            batch.label_ids,
             chunk_tokens=self.spec.loss_chunk_tokens,
         )
 

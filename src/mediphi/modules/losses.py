@@ -13,70 +13,53 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mediphi.batches import IGNORE
-
 
 class CrossEntropy(NamedTuple):
-    """`total` carries the gradient; the others are detached, 0 where the target is `IGNORE`.
+    """`total` carries the gradient; the others are detached.
 
     `correct`: the target has the largest logit. Of equal logits the first in the vocabulary
     counts, as in greedy decoding; bfloat16 makes equal logits common.
     """
 
     total: Float[Tensor, ""]
-    per_token: Float[Tensor, " tokens"]
-    correct: Bool[Tensor, " tokens"]
+    per_target: Float[Tensor, " targets"]
+    correct: Bool[Tensor, " targets"]
 
 
 def chunked_cross_entropy(
-    hidden: Float[Tensor, "tokens hidden"],
+    hidden: Float[Tensor, "targets hidden"],
     weight: Float[Tensor, "vocab hidden"],
-    target_ids: Int64[Tensor, " tokens"],
+    target_ids: Int64[Tensor, " targets"],
     *,
     chunk_tokens: int,
 ) -> CrossEntropy:
     """Sum of next-token cross-entropy without ever holding the whole logits matrix.
 
-    Logits exist only where there is a target. Their gradient is taken in the forward pass (logits
-    are alive there), so backward recomputes nothing.
+    The gradient of the logits is taken in the forward pass (they are alive there), so backward
+    recomputes nothing.
 
     Without any target the sum is 0 and has zero gradients: a rank that has no rows left in a step
     takes part in it like the others. That a whole step has none is `FiniteGuard`'s to refuse.
     """
-    places = (target_ids != IGNORE).nonzero().squeeze(1)
-    total, *per_target = _ChunkedCrossEntropy.apply(
-        hidden.index_select(0, places),
-        weight,
-        target_ids[places],
-        chunk_tokens,
-        torch.is_grad_enabled(),
-    )
-    losses, correct = (_spread(values, places, len(target_ids)) for values in per_target)
-    return CrossEntropy(total, losses, correct)
+    needs_grad = torch.is_grad_enabled()
+    out = _ChunkedCrossEntropy.apply(hidden, weight, target_ids, chunk_tokens, needs_grad)
+    return CrossEntropy(*out)
 
 
 def token_logps(
-    hidden: Float[Tensor, "tokens hidden"],
+    hidden: Float[Tensor, "targets hidden"],
     weight: Float[Tensor, "vocab hidden"],
-    target_ids: Int64[Tensor, " tokens"],
+    target_ids: Int64[Tensor, " targets"],
     *,
     chunk_tokens: int,
-) -> Float[Tensor, " tokens"]:
-    """Log-probability of each target, 0 with zero gradient where it is `IGNORE`.
+) -> Float[Tensor, " targets"]:
+    """Log-probability of each target.
 
     For losses whose gradient differs from token to token and is known only after the forward pass,
     as in DPO: backward recomputes the logits of one chunk after another, at the cost of one more
-    product with the head. `hidden` (where there is a target) and `weight` are kept until then.
+    product with the head. `hidden` and `weight` are kept until then.
     """
-    places = (target_ids != IGNORE).nonzero().squeeze(1)
-    logps = _RecomputedLogps.apply(
-        hidden.index_select(0, places), weight, target_ids[places], chunk_tokens
-    )
-    return _spread(logps, places, len(target_ids))
-
-
-def _spread(values: Tensor, places: Tensor, size: int) -> Tensor:
-    return values.new_zeros(size).index_copy(0, places, values)
+    return _RecomputedLogps.apply(hidden, weight, target_ids, chunk_tokens)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

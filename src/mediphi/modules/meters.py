@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from mediphi.batches import IGNORE, PreferenceBatch, TokenBatch
+from mediphi.batches import PreferenceBatch, TokenBatch
 from mediphi.modules.losses import CrossEntropy
 from mediphi.modules.preference_losses import PairLogps, PreferenceLoss
 
@@ -83,14 +83,11 @@ class TokenMeter(Meter):
     @torch.no_grad()
     def update(self, out: CrossEntropy, batch: TokenBatch) -> None:
         """Add one micro-batch."""
-        real = batch.target_ids[0] != IGNORE
-        values = torch.stack([out.per_token.double(), real.double(), out.correct.double()])
-        ids = {
-            "kind": batch.kind_ids[0].long(),
-            "source": batch.source_ids[0].long(),
-            "task": batch.task_ids[0].long(),
-        }
-        self.add(values, ids)
+        losses = out.per_target.double()
+        values = torch.stack([losses, torch.ones_like(losses), out.correct.double()])
+        columns = {"kind": batch.kind_ids, "source": batch.source_ids, "task": batch.task_ids}
+        at = batch.target_index
+        self.add(values, {n: ids[0].index_select(0, at).long() for n, ids in columns.items()})
 
     def means(self, split: str, strategy: Any = None) -> dict[str, float]:
         """`<split>/loss`, `/perplexity` and `/accuracy`, in all and per group, over all ranks."""

@@ -22,6 +22,7 @@ SHOWN = (
     ("tokens_per_second", "{:,.0f} tok/s"),
 )
 CHATTER = (
+    r".*all_gather_into_tensor.*is deprecated.*",  # DeepSpeed calls it
     # What Lightning says of setups that are meant so.
     r".*does not have many workers.*",
     r".*`num_workers` argument.*",

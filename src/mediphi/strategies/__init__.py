@@ -1,0 +1,1 @@
+"""Strategies that split one model over processes: the same numbers, less memory each."""
