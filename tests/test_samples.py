@@ -102,7 +102,7 @@ def test_samples_show_the_model_and_leave_its_training_bitwise_as_it_was(
 
 
 def at(step: int) -> Any:
-    return SimpleNamespace(is_global_zero=True, global_step=step)
+    return SimpleNamespace(is_global_zero=True, global_step=step, strategy=None)
 
 
 def test_a_step_that_is_repeated_is_written_once(run: Training, folder: Path, tmp_path: Path):
@@ -116,7 +116,7 @@ def test_a_step_that_is_repeated_is_written_once(run: Training, folder: Path, tm
     assert [row["step"] for row in rows_of(samples.path)] == [2] * 3 + [4] * 3 + [6] * 3
     assert contents[3] == contents[1] and contents[4] == contents[2]
     assert all(one.training for one in module.backbone.modules())
-    other = SimpleNamespace(is_global_zero=False, global_step=8)
+    other = SimpleNamespace(is_global_zero=False, global_step=8, strategy=None)
     samples.on_validation_end(other, module)
     assert samples.path.read_bytes() == contents[4]
 

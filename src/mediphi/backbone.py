@@ -144,8 +144,10 @@ def shapes_of(spec: BackboneSpec) -> PreTrainedModel:
     """The plain model without numbers: all on the meta device, buffers too.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or weights that are to be read and cannot be trusted.
     """
+    if spec.init != "random":
+        check_weights(spec.folder)
     with torch.device("meta"):
         return _from_config(spec)
 

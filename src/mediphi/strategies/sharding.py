@@ -20,7 +20,6 @@ from mediphi.backbone import (
     LOAD_ERRORS,
     BackboneSpec,
     cannot_be_loaded,
-    check_weights,
     prepare_training,
     refuse_misfits,
     shapes_of,
@@ -73,7 +72,6 @@ class StoredWeights:
     """
 
     def __init__(self, spec: BackboneSpec, model: PreTrainedModel) -> None:
-        check_weights(spec.folder)
         self._folder = spec.folder
         try:
             self._slices = _open(spec)
