@@ -31,16 +31,18 @@ COLUMNS = {
         "peak_mib_peer wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread"
     ),
     "dpo_step": (
-        "figure precision peer runs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
-        "flops_ratio memory_ratio with_reference_wall_ratio"
+        "precision peer wall_ratio wall_ratio_spread cpu_ratio flops_ratio memory_ratio "
+        "with_reference_wall_ratio pairs_per_s_ours pairs_per_s_theirs "
+        "peak_mib_above_start_ours peak_mib_above_start_theirs"
     ),
     "near_duplicates": (
         "method documents recall precision documents_per_cpu_s cpu_ratio_to_mediphi "
         "cpu_ratio_spread peak_memory_bytes_per_document minutes_for_2_5_million"
     ),
     "sft_step": (
-        "figure precision peer runs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
-        "flops_ratio memory_ratio"
+        "precision peer wall_ratio wall_ratio_spread cpu_ratio flops_ratio memory_ratio "
+        "tokens_per_s_ours tokens_per_s_theirs "
+        "peak_mib_above_start_ours peak_mib_above_start_theirs"
     ),
     "train_step": (
         "figure precision peer pairs wall_ratio wall_ratio_spread cpu_ratio cpu_ratio_spread "
@@ -139,18 +141,29 @@ def _run(run: Line) -> Iterator[str]:
 
 
 def _measured(run: Line) -> Iterator[tuple[str, str]]:
+    from mediphi.model_card import TOO_LONG
+
     yield "training, exams and export", f"{run['seconds']:.0f} s"
     yield "machine", f"{run['device']}, {run['precision']}"
     for key in ("parameters", "steps", "tokens"):
         if run.get(key):
             yield key, str(run[key])
-    documents = (sum(c[k] for c in run["counts"].values()) for k in ("train", "heldout"))
-    yield "documents trained on, held out", ", ".join(f"{n:,}" for n in documents)
-    if (loss := run["metrics"].get("heldout/loss")) is not None:
+    sides = ("train", "heldout")
+    too_long = {s: _documents(run, f"{s}_too_long") for s in sides}
+    kept = (_documents(run, side) - too_long[side] for side in sides)
+    yield "documents trained on, held out", ", ".join(f"{n:,}" for n in kept)
+    if any(too_long.values()):
+        yield TOO_LONG, ", ".join(f"{n:,}" for n in too_long.values())
+    loss = run["metrics"].get("heldout/loss")
+    if loss is not None and "loss" not in run["metrics"]["exams"]:  # the exam tells it per item
         unit = "a pair (preference loss)" if "stage=dpo" in run["command"] else "nats a token"
         yield "held-out loss at the end", f"{loss:.3f} {unit}"
     yield "versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     yield "commit, day", f"{run['commit'] or 'unknown'}, {run['created'][:10]}"
+
+
+def _documents(run: Line, key: str) -> int:
+    return sum(count.get(key, 0) for count in run["counts"].values())
 
 
 def benchmarks(folder: Path = RESULTS) -> str:
@@ -166,7 +179,7 @@ def benchmarks(folder: Path = RESULTS) -> str:
 def _benchmark(stem: str, lines: Sequence[Line]) -> str:
     groups: dict[tuple[str, ...], list[Line]] = {}
     first = COLUMNS.get(stem, "").split()[:1]
-    lines = [line for line in lines if all(name in line for name in first)]  # summaries only
+    lines = [_flat(line) for line in lines if all(n in line for n in first)]  # summaries only
     for line in lines:  # figures with other columns get a table of their own
         groups.setdefault(tuple(_columns(stem, line)), []).append(line)
     tables = [
@@ -174,6 +187,12 @@ def _benchmark(stem: str, lines: Sequence[Line]) -> str:
         for columns, rows in groups.items()
     ]
     return "\n\n".join([*tables, _context(lines[0])])
+
+
+def _flat(line: Line) -> Line:
+    """Figures of the two sides beside the ratios: `tokens_per_s_ours`, `tokens_per_s_theirs`."""
+    sides = {side: line[side] for side in ("ours", "theirs") if isinstance(line.get(side), dict)}
+    return {**line, **{f"{k}_{side}": v for side, own in sides.items() for k, v in own.items()}}
 
 
 def _columns(stem: str, line: Line) -> list[str]:

@@ -200,6 +200,30 @@ def test_clusters_of_rows_are_their_records_groups(tmp_path: Path, folder: Path,
         assert {one.id: one.cluster for one in scored} == {one.id: found[one.id] for one in scored}
 
 
+def test_without_task_scores_the_loss_of_held_out_answers_stays(tmp_path: Path, folder: Path):
+    run = set_up(tmp_path, "sft", "stage.exam=null", model=folder)
+    assert [exam.metric for exam in training._exams(run)] == ["loss"]
+
+
+def test_prompts_out_of_reach_are_told_in_one_line(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = set_up(tmp_path, "sft", "stage.exam.max_new_tokens=600", model=folder)
+    capsys.readouterr()
+    full, _ = training._exams(run)
+    assert "not asked" not in capsys.readouterr().out
+    run = set_up(tmp_path, "sft", "stage.exam.max_new_tokens=8", model=folder)
+    capsys.readouterr()
+    few, _ = training._exams(run)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "stage.exam.max_new_tokens=8: " in line and "(left out of the exam)" in line
+    assert set(few.groups) < set(full.groups)
+    for group in set(full.groups) - set(few.groups):
+        assert f" {group} (left out of the exam)" in line
+    run = set_up(tmp_path, "sft", "stage.exam.max_new_tokens=1", model=folder)
+    assert [exam.metric for exam in training._exams(run)] == ["loss"]
+
+
 def test_a_cluster_is_a_digest_that_names_neither_row_nor_text(store: TokenStore):
     clusters = prompt_clusters(store)
     assert sorted(clusters) == list(range(len(SIZES))) and len(set(clusters.values())) == len(SIZES)

@@ -178,6 +178,26 @@ def prepared_chats(path: Path, *overrides: str, template: str = THINKING) -> Pre
     return prepare(load(composed(*CHAT, *source, *places, *overrides)), tokenizer)
 
 
+def test_duplicates_are_told_once_a_side_from_the_cache_too(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = chats(folder)
+    prepared_chats(path, template="message['content']")
+    assert "left out" not in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows += [row | {"key": row["key"] + "x"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = prepared_chats(path, template="message['content']").counts["mine"]
+    told = "".join(
+        f"left out    {gone} of {2 * gone} {side} rows: "
+        f"exact duplicates {gone}, near duplicates 0\n"
+        for side, gone in (("training", counts["train"]), ("held-out", counts["heldout"]))
+    )
+    assert capsys.readouterr().out == told
+    prepared_chats(path, template="message['content']")
+    assert capsys.readouterr().out == told
+
+
 SKIP = ("corpus.on_bad=skip", "corpus.max_bad_share=0.2")
 
 

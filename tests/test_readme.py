@@ -287,6 +287,22 @@ def test_a_run_with_other_settings_does_not_pose_as_the_default(
     assert run["command"].startswith("python train.py stage=pit corpus=medcode ... (config ")
 
 
+def test_what_was_left_out_is_not_told_as_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("results_table", monkeypatch)
+    run = module.kept_run(finished_run(tmp_path, ["stage=pit", "corpus=medcode"], 0.543))
+    told = dict(module._measured(run))
+    assert "left out, longer than max_length" not in told
+    assert told["held-out loss at the end"] == "2.500 nats a token"
+    run["counts"]["icd10cm"] |= {"train_too_long": 300, "heldout_too_long": 7}
+    run["metrics"]["exams"]["loss"] = run["metrics"]["exams"]["quiz"]
+    told = dict(module._measured(run))
+    assert told["documents trained on, held out"] == "1,500, 33"
+    assert told["left out, longer than max_length"] == "300, 7"
+    assert "held-out loss at the end" not in told  # the exam's is another mean
+
+
 def test_a_later_run_of_a_command_takes_the_earlier_ones_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ class HeldoutLoss:
     store: TokenStore
     settings: PlanSettings
     device: Device
-    title: str = "What do held-out answers cost?"
+    title: str = "What do held-out answers cost? Loss per answer token, mean per conversation"
     noun: str = "conversations"
     metric: str = "loss"
     unit: Unit = "nats/token"

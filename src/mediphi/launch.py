@@ -144,7 +144,8 @@ class Workers:
 def one_voice() -> Iterator[None]:
     """Rank 0 speaks for all: another rank tells its error only where rank 0 has none.
 
-    Whoever loses its peers stays silent for a while: the one that ended has told why.
+    Whoever loses its peers stays silent for a while: the one that ended has told why. torchrun ends
+    the others itself, and may start all anew: it is not kept waiting.
     """
     try:
         yield
@@ -155,7 +156,8 @@ def one_voice() -> Iterator[None]:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not _lost_peer(error):
             raise
-        time.sleep(FAREWELL)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            time.sleep(FAREWELL)
         raise MachineError("another process of this run ended") from None
 
 

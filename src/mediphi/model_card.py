@@ -9,18 +9,23 @@ from mediphi.announcement import ExamTable
 from mediphi.artifacts import write_atomic
 from mediphi.config.corpus import Licence
 from mediphi.config.schema import Config
-from mediphi.preparation import PreparedData
+
+TOO_LONG = "left out, longer than max_length"
 
 
 def write_card(
     folder: Path,
     *,
     config: Config,
-    data: PreparedData,
+    counts: Mapping[str, Mapping[str, int]],
     facts: Mapping[str, object],
     exams: Sequence[ExamTable],
 ) -> None:
-    """Write the card."""
+    """Write the card.
+
+    Args:
+        counts: per source, as in the manifest.
+    """
     base = config.model.path or config.model.name
     front = {
         "library_name": "transformers",
@@ -36,16 +41,9 @@ def write_card(
         _table(("", ""), [(key, value) for key, value in facts.items()]),
         "## Data\n",
         _table(
-            ("source", "licence", "terms", "train", "held out", "duplicates"),
+            ("source", "licence", "terms", "train", "held out", TOO_LONG, "duplicates"),
             [
-                (
-                    name,
-                    source.licence.id,
-                    _terms(source.licence),
-                    data.counts[name]["train"],
-                    data.counts[name]["heldout"],
-                    data.counts[name]["exact_duplicates"] + data.counts[name]["near_duplicates"],
-                )
+                (name, source.licence.id, _terms(source.licence), *_documents(counts[name]))
                 for name, source in config.corpus.sources.items()
             ],
         ),
@@ -58,6 +56,17 @@ def write_card(
         'tokenizer = AutoTokenizer.from_pretrained("model")\n```\n'
     )
     write_atomic(folder / "README.md", "\n".join(parts))
+
+
+def _documents(count: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """Trained on, held out, too long for either, duplicates."""
+    train, heldout = count["train_too_long"], count["heldout_too_long"]
+    return (
+        count["train"] - train,
+        count["heldout"] - heldout,
+        train + heldout,
+        count["exact_duplicates"] + count["near_duplicates"],
+    )
 
 
 def _terms(licence: Licence) -> str:

@@ -25,10 +25,11 @@ from mediphi.checkpointing import (
 from mediphi.config import config_hash
 from mediphi.config.schema import Config
 from mediphi.config.stages import ChatStage, DpoStage, Phase, SftStage
+from mediphi.data.corpora import Side
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.heldout_prompts import heldout_prompts
-from mediphi.data.plan import PlanSettings
-from mediphi.errors import UserError
+from mediphi.data.plan import PlanSettings, TrainingPlan
+from mediphi.errors import DataError, UserError
 from mediphi.launch import rank
 from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.preparation import PreparedData
@@ -77,6 +78,19 @@ class Training:
     folder: Path
     parents: Mapping[str, Parent]
 
+    @property
+    def too_long(self) -> dict[Side, dict[str, int]]:
+        """Documents of each source that no row of `max_length` tokens holds, so left out."""
+        data = self.phases[0].data  # only stages of one phase leave any out
+        plans: dict[Side, TrainingPlan | None] = {
+            "train": data.train_plan,
+            "heldout": data.heldout_plan if isinstance(self.config.stage, ChatStage) else None,
+        }
+        return {
+            side: {} if plan is None else plan.store.documents_per_source(plan.too_long)
+            for side, plan in plans.items()
+        }
+
     def checkpoints(self, plan: PhasePlan) -> Path:
         return self.folder / "checkpoints" / plan.name
 
@@ -112,8 +126,11 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
             max_heldout_rows=config.stage.eval_max_rows,
             prefetch=config.hardware.prefetch,
         )
-        _refuse_long_warmup(phase_key(config.stage, name), phase, module.train_plan.num_steps)
-        _judge_too_long(config.stage, module)
+        try:
+            _refuse_long_warmup(phase_key(config.stage, name), phase, module.train_plan.num_steps)
+            _judge_too_long(config.stage, module)
+        except DataError as error:
+            raise DataError(f"corpus {config.corpus.name!r}: {error}") from None
         plans.append(PhasePlan(name, phase, module, first_step))
         first_step += plans[-1].num_steps
     return tuple(plans)

@@ -73,6 +73,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
             f"corpus {config.corpus.name!r}: nothing to train on, all is held out; see side of "
             "corpus.sources and corpus.heldout_fraction"
         )
+    _tell_duplicates([data.counts[name] for name in config.corpus.sources])
     engine.wait_for_all()
     return data
 
@@ -87,7 +88,7 @@ def _prepare(
     keys: dict[Side, StoreKey] = {
         side: _key(tokenizer, content, side, render=render.version) for side in SIDES
     }
-    notes = cache / "corpora" / f"{content[:32]}.json"
+    notes = cache / "corpora" / f"{content[:32]}.counts.json"
     quarantine = cache / "corpora" / f"{content[:32]}.quarantine.txt"
     known = notes.is_file() and all(store_path(cache, key).exists() for key in keys.values())
     if known and quiz is None:
@@ -113,6 +114,20 @@ def _prepare(
     write_atomic(notes, json.dumps(counts, indent=1))
     counts = render.settled(counts, stores, quarantine=quarantine)
     return PreparedData(**stores, questions=questions, counts=counts, fingerprint=content)
+
+
+def _tell_duplicates(counts: list[dict[str, int]]) -> None:
+    """One line for each side that lost rows to duplicates."""
+    total = {key: sum(count[key] for count in counts) for key in counts[0]}
+    for side, noun in (("train", "training"), ("heldout", "held-out")):
+        exact, near = total["heldout_exact_duplicates"], total["heldout_near_duplicates"]
+        if side == "train":
+            exact, near = total["exact_duplicates"] - exact, total["near_duplicates"] - near
+        if gone := exact + near:
+            print(
+                f"left out    {gone:,} of {total[side] + gone:,} {noun} rows: "
+                f"exact duplicates {exact:,}, near duplicates {near:,}"
+            )
 
 
 def _key(tokenizer: PreTrainedTokenizerFast, content: str, side: Side, *, render: str) -> StoreKey:

@@ -41,14 +41,15 @@ def publish_run(run: Training, sat: list[tuple[Exam, Answers]], *, seconds: floa
         tables=[Table(table.title, table.rows[0], table.rows[1:]) for table in tables],
         facts=facts,
     )
-    write_card(folder, config=config, data=run.data, facts=facts, exams=tables)
+    counts = _counts(run)
+    write_card(folder, config=config, counts=counts, facts=facts, exams=tables)
     publish(
         folder,
         config_hash=config_hash(config),
         parents=run.parents,
         data={
             "fingerprint": run.data.fingerprint,
-            "counts": run.data.counts,
+            "counts": counts,
             "licences": {n: s.licence.model_dump() for n, s in config.corpus.sources.items()},
         },
         extra={
@@ -63,7 +64,7 @@ def publish_run(run: Training, sat: list[tuple[Exam, Answers]], *, seconds: floa
 
 
 def _metrics(run: Training, sat: list[tuple[Exam, Answers]]) -> dict[str, Any]:
-    """`metrics.json`: what sweeps compare, the last held-out loss, and the exams."""
+    """`metrics.json`: what sweeps compare, the last held-out loss, the exams, what was left out."""
     with (run.folder / tracking.METRICS_CSV).open(newline="", encoding="utf-8") as file:
         losses = [float(r["heldout/loss"]) for r in csv.DictReader(file) if r["heldout/loss"]]
     heldout = losses[-1] if losses else None
@@ -72,7 +73,22 @@ def _metrics(run: Training, sat: list[tuple[Exam, Answers]]) -> dict[str, Any]:
     if exams:
         first = sat[0][0]
         objective = headline(first, exams[first.metric])
-    return {"objective": objective, "heldout/loss": heldout, "exams": exams}
+    too_long = {side: sum(own.values()) for side, own in run.too_long.items()}
+    return {
+        "objective": objective,
+        "heldout/loss": heldout,
+        "exams": exams,
+        "too_long": too_long,
+    }
+
+
+def _counts(run: Training) -> dict[str, Any]:
+    """What became of each source's rows; those too long for a row are still part of their side."""
+    left_out = run.too_long
+    counts = {name: dict(count) for name, count in run.data.counts.items()}
+    for name in run.config.corpus.sources:
+        counts[name] |= {f"{side}_too_long": own.get(name, 0) for side, own in left_out.items()}
+    return counts
 
 
 def _facts(run: Training) -> dict[str, object]:

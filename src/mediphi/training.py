@@ -33,13 +33,14 @@ from mediphi.chat_exams import TaskScores
 from mediphi.checkpointing import remove_checkpoints
 from mediphi.config import run_dir, run_name
 from mediphi.config.schema import Config
-from mediphi.config.stages import ChatStage, DpoStage, SftStage
-from mediphi.data.heldout_prompts import heldout_prompts
+from mediphi.config.stages import ChatStage, DpoStage, SftStage, TaskExam
+from mediphi.data.heldout_prompts import heldout_prompts, long_references
 from mediphi.errors import ArtifactError
 from mediphi.evaluate.scores import OVERALL, Scored, summarise
 from mediphi.examination import CodeQuiz, Exam
 from mediphi.heldout_loss import HeldoutLoss
 from mediphi.launch import RunResult, rank
+from mediphi.modules.meters import UNNAMED
 from mediphi.phases import Loggers, PhasePlan, Training, fit_phase, plan_phases
 from mediphi.preparation import prepare
 from mediphi.publication import Answers, publish_run
@@ -174,20 +175,35 @@ def _exams(run: Training) -> list[Exam]:
         return [CodeQuiz(run.tokenizer, run.data.questions, run.device)]
     if isinstance(stage, DpoStage) and heldout.num_tokens:
         return [preference_exam(run, run.phases[0], _first_backbone(run))]
-    if not isinstance(stage, SftStage) or stage.exam is None or not heldout.num_tokens:
+    if not isinstance(stage, SftStage) or not heldout.num_tokens:
         return []
-    prompts = heldout_prompts(
-        heldout,
-        run.tokenizer,
-        per_task=stage.exam.per_task,
-        max_prompt_tokens=stage.max_length,
-        seed=run.config.seed,
-    )
     settings = replace(run.phases[0].data.settings, world_size=1)
-    return [
-        TaskScores(run.tokenizer, prompts, stage.exam.max_new_tokens, run.device),
-        HeldoutLoss(heldout, settings, run.device),
-    ]
+    loss = HeldoutLoss(heldout, settings, run.device)
+    return [loss] if stage.exam is None else [*_task_scores(run, stage, stage.exam), loss]
+
+
+def _task_scores(run: Training, stage: SftStage, exam: TaskExam) -> list[Exam]:
+    """Only prompts whose reference can be written out: a cut JSON answer scores 0, however good."""
+    limits = {"max_prompt_tokens": stage.max_length, "max_answer_tokens": exam.max_new_tokens}
+    if rank() == 0:
+        _tell_long_references(long_references(run.data.heldout, **limits), exam)
+    prompts = heldout_prompts(
+        run.data.heldout, run.tokenizer, per_task=exam.per_task, seed=run.config.seed, **limits
+    )
+    if not prompts:
+        return []
+    return [TaskScores(run.tokenizer, prompts, exam.max_new_tokens, run.device)]
+
+
+def _tell_long_references(long: dict[str, tuple[int, int]], exam: TaskExam) -> None:
+    if not long:
+        return
+    counts = (
+        f"{few:,} of {asked:,} {task or UNNAMED}{' (left out of the exam)' * (few == asked)}"
+        for task, (few, asked) in long.items()
+    )
+    limit = f"stage.exam.max_new_tokens={exam.max_new_tokens}"
+    print(f"exam        not asked, the reference exceeds {limit}: {', '.join(counts)}")
 
 
 def _exam_columns(exams: list[Exam]) -> dict[str, tuple[str, ...]]:

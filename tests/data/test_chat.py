@@ -225,6 +225,10 @@ def test_what_does_not_fit_is_left_out_and_named(
     settings = PlanSettings(kinds=CHAT_KINDS, capacity=128, global_batch=1, layout="chat")
     plan = TrainingPlan(store, settings)
     assert [store.document_id(row) for row in plan.too_long.tolist()] == ["a/long"]
+    assert store.documents_per_source(plan.too_long) == {"a": 1}
+    assert store.documents_per_source() == {"a": 2}
     assert np.unique(plan.chunks(np.arange(plan.num_rows)).document).tolist() == [0]
-    with pytest.raises(DataError, match=r"no conversation fits into stage\.max_length=16 tokens"):
+    with pytest.raises(
+        DataError, match=r"^no training conversation fits into stage\.max_length=16 tokens"
+    ):
         TrainingPlan(store, PlanSettings(CHAT_KINDS, 16, 1, layout="chat"))

@@ -225,7 +225,7 @@ LABELS = {
 def test_a_mediflow_row_is_a_conversation() -> None:
     assert record(MEDIFLOW, "mediflow") == Conversation(
         "s/f:1",
-        str(group(MEDIFLOW, "mediflow")),
+        group(parts(MEDIFLOW, "mediflow")),
         "s",
         (*PROMPT, Turn("assistant", "A cough.")),
         labels=LABELS,
@@ -238,7 +238,7 @@ def test_a_mediflow_pair_is_a_preference() -> None:
     labels = LABELS | {"error_type": "factual inaccuracy"}
     assert found == Preference(
         "s/f:1",
-        str(group(MEDIFLOW, "mediflow")),
+        group(parts(MEDIFLOW, "mediflow")),
         "s",
         PROMPT,
         "A cough.",
@@ -292,9 +292,32 @@ def test_columns_give_id_and_group_in_every_format(layout: str) -> None:
     assert (found.id, found.group_id, found.source) == ("s/7", "patient=p", "s")
 
 
-@pytest.mark.parametrize("layout", ["messages", "prompt_completion", "preference"])
-def test_other_rows_are_their_own_group(layout: str) -> None:
-    assert record(ROWS[layout], layout).group_id == "s/f:1"
+def test_rows_that_answer_one_prompt_are_one_group_in_every_format() -> None:
+    def about(text: str, answer: str, system: str) -> set[str]:
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        said, worse = ([{"role": "assistant", "content": a}] for a in (answer, "Nothing."))
+        rows = [
+            ("messages", {"messages": asked + said}),
+            ("prompt_completion", {"prompt": text, "completion": answer}),
+            ("prompt_completion", {"prompt": asked, "completion": said}),
+            ("prompt_completion", {"prompt": asked, "completion": said + asked[1:] + said}),
+            ("preference", {"prompt": text, "chosen": answer, "rejected": "Nothing."}),
+            ("preference", {"prompt": asked, "chosen": said, "rejected": worse}),
+            ("preference", {"chosen": asked + said, "rejected": asked + worse}),
+            ("mediflow", {"instruction": system, "input": text, "output": answer}),
+        ]
+        return {record(row, layout).group_id for layout, row in rows}
+
+    one = about("Cough for a week.", "A cold.", "Be brief.")
+    assert len(one) == 1 and one == about("cough FOR a\nweek", "A flu.", "Be kind.")
+    assert one != about("Cough for a month.", "A cold.", "Be brief.")
+
+
+def test_a_longer_conversation_is_another_group() -> None:
+    turns = told(*PROMPT, Turn("assistant", "A cough."))
+    more = turns + told(Turn("user", "Since when?"), Turn("assistant", "A week."))
+    short, long = (record({"messages": m}, "messages").group_id for m in (turns, more))
+    assert short != long
 
 
 def test_a_long_group_is_named_by_its_words() -> None:

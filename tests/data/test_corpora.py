@@ -230,6 +230,44 @@ def test_conversations_about_one_text_stand_on_one_side(tmp_path: Path) -> None:
     assert all(found[f"a/{n}"] == found[f"a/{n % 25}"] for n in range(100))
 
 
+def chat(number: int, system: str) -> dict[str, Any]:
+    texts = (("system", system), ("user", f"Question {number}?"), ("assistant", f"It is {number}."))
+    return {"id": number, "messages": [{"role": role, "content": text} for role, text in texts]}
+
+
+def test_chats_that_share_a_system_prompt_all_stay(tmp_path: Path) -> None:
+    rows = [chat(number, " ".join(VOCABULARY[:120])) for number in range(300)]
+    chats = conversations(tmp_path, rows, format="messages")
+    assert len(read_documents(corpus({"a": chats}))) == 300
+    asked_for = read_documents(corpus({"a": chats}, deduplicate={"near": True}))
+    assert len(asked_for) == 1 and asked_for.counts["a"].near_duplicates == 299
+
+
+def test_pairs_of_one_prompt_all_stay_and_on_one_side(tmp_path: Path) -> None:
+    prompts = [" ".join(VOCABULARY[n : n + 120]) for n in range(60)]
+    rows = [
+        {"id": f"{n}-{i}", "prompt": prompt, "chosen": f"Good {i}", "rejected": f"Bad {i}"}
+        for n, prompt in enumerate(prompts)
+        for i in range(4)
+    ]
+    pairs = conversations(tmp_path, rows, format="preference")
+    found = sides(corpus({"a": pairs}))
+    assert len(found) == 240 and set(found.values()) == set(corpora.SIDES)
+    assert all(found[f"a/{n}-{i}"] == found[f"a/{n}-0"] for n in range(60) for i in range(4))
+    by_row = sides(corpus({"a": pairs.model_copy(update={"group_field": "id"})}))
+    assert any(by_row[f"a/{n}-{i}"] != by_row[f"a/{n}-0"] for n in range(60) for i in range(4))
+
+
+def test_duplicates_are_counted_by_side(tmp_path: Path) -> None:
+    rows = [chat(number, "Be brief.") for number in range(40)]
+    rows += [row | {"id": f"{row['id']}x"} for row in rows]
+    with read_documents(corpus({"a": conversations(tmp_path, rows, format="messages")})) as reading:
+        counts = reading.counts["a"]
+    gone = counts.exact_duplicates - counts.heldout_exact_duplicates
+    assert (gone, counts.heldout_exact_duplicates) == (counts.train, counts.heldout)
+    assert counts.train > 0 and counts.heldout > 0
+
+
 def test_a_repeated_conversation_is_a_duplicate_and_another_answer_is_not(tmp_path: Path) -> None:
     rows = [conversation(0), conversation(0, id=1), conversation(0, id=2, output="Other")]
     wanted = corpus({"a": conversations(tmp_path, rows)}, deduplicate={"near": False})

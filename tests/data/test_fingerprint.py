@@ -67,6 +67,28 @@ def test_it_changes_with_what_decides_the_documents(
     assert (fingerprint(corpus(folder, **change)) != fingerprint(corpus(folder))) is moves
 
 
+def test_what_a_default_means_counts_not_how_it_is_written(folder: Path) -> None:
+    for layout, means in (("text", True), ("messages", False), ("mediflow_dpo", False)):
+        source = {"format": layout}
+        default = fingerprint(corpus(folder, source=source))
+        said = [
+            fingerprint(corpus(folder, source=source, deduplicate={"near": near}))
+            for near in (means, not means)
+        ]
+        assert said[0] == default != said[1]
+
+
+@pytest.mark.parametrize("layout", ["messages", "prompt_completion", "preference"])
+def test_a_format_that_is_read_differently_moves_its_corpora_only(
+    layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [corpus(folder, source={"format": name}) for name in (layout, "text", "mediflow")]
+    before = [fingerprint(each) for each in wanted]
+    monkeypatch.setitem(module._FORMAT_VERSIONS, layout, 3)
+    moved = [fingerprint(each) != known for each, known in zip(wanted, before, strict=True)]
+    assert moved == [True, False, False]
+
+
 def test_it_changes_with_how_rows_are_chosen(folder: Path) -> None:
     limit = {"format": "mediflow", "max_documents": 5}
     choices = [{}, {"choose_by": "quality"}, {"stratify_by": ["task_type"]}]

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mediphi.data.chat import ChatRenderer
 from mediphi.data.encoding import tokenizer_sha256
-from mediphi.data.heldout_prompts import HeldoutPrompt, heldout_prompts
+from mediphi.data.heldout_prompts import HeldoutPrompt, heldout_prompts, long_references
 from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore
 from mediphi.records import Conversation, Turn
@@ -104,6 +104,28 @@ def test_prompts_that_are_too_long_are_left_out(
     kept = drawn(store, tokenizer, max_prompt_tokens=limit)
     assert {p.id for p in kept} == {name for name, size in lengths.items() if size <= limit}
     assert drawn(store, tokenizer, max_prompt_tokens=1) == []
+
+
+def test_references_that_an_answer_cannot_reach_are_not_asked_for_and_counted(
+    store: TokenStore, tokenizer: PreTrainedTokenizerFast
+):
+    def tokens(prompt: HeldoutPrompt) -> int:
+        text = RECORDS[prompt.id].turns[-1].text
+        whole = template_ids(tokenizer, RECORDS[prompt.id].turns[:-1])
+        said = [*RECORDS[prompt.id].turns[:-1], Turn("assistant", text)]
+        closed = template_ids(tokenizer, tuple(said))
+        opened = tokenizer("<|assistant|>", add_special_tokens=False)["input_ids"]
+        return len(closed) - len(opened) - len(whole)
+
+    every = {p.id: p for p in drawn(store, tokenizer)}
+    limit = sorted(map(tokens, every.values()))[15]
+    kept = {p.id for p in drawn(store, tokenizer, max_answer_tokens=limit)}
+    assert kept == {name for name, prompt in every.items() if tokens(prompt) <= limit}
+    told = long_references(store, max_prompt_tokens=4096, max_answer_tokens=limit)
+    assert sum(few for few, _ in told.values()) == len(every) - len(kept)
+    none = long_references(store, max_prompt_tokens=4096, max_answer_tokens=1)
+    assert none == {task: (10, 10) for task in sorted(TASKS)}
+    assert drawn(store, tokenizer, max_answer_tokens=1) == []
 
 
 def test_plain_text_ends_its_prompt_where_the_completion_begins(

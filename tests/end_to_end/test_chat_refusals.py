@@ -226,4 +226,5 @@ def test_a_bad_row_is_named_by_file_and_line(
 
 def test_nothing_that_fits_is_told_with_the_shortest(near: Place) -> None:
     said = refused(near, *sft(near.assets), "stage.max_length=16")
-    assert "no conversation fits into stage.max_length=16 tokens; the shortest has " in said
+    assert "corpus 'mediflow': no training conversation fits into stage.max_length=16" in said
+    assert "the shortest has " in said and str(near.runs.parent) not in said

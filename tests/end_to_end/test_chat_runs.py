@@ -348,3 +348,10 @@ def test_what_does_not_fit_is_dropped_and_told_or_refused(
     ended = near.run(*command, *QUICK)
     assert ended.code == 0, ended
     assert f"left out    {what}\n" in ended.out
+    run_dir = Path(ended.out.split("\ndone    ")[1].partition("  (")[0])
+    counts = verify(run_dir)["data"]["counts"][name]
+    assert (counts["train"], counts["train_too_long"], counts["heldout_too_long"]) == (21, 1, 0)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["too_long"] == {"train": 1, "heldout": 0}
+    card = (run_dir / "README.md").read_text()
+    assert "left out, longer than max_length" in card and " | 20 | 0 | 1 | 0 |" in card

@@ -19,7 +19,7 @@ STEPS = 12
 SHORT = [a for a in SMALL if not a.startswith("corpus.")]
 SHORT += ["stage.eval_every_steps=5", "stage.phase.epochs=9", f"stage.phase.max_steps={STEPS}"]
 SHORT += ["stage.phase.warmup_steps=2", "stage.phase.lr=2e-3"]
-SFT_STAGE = ["experiment=smoke_sft", *SHORT, "stage.exam.max_new_tokens=4"]
+SFT_STAGE = ["experiment=smoke_sft", *SHORT, "stage.exam.max_new_tokens=24"]
 DPO_STAGE = ["experiment=smoke_dpo", *SHORT]
 
 

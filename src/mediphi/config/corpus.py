@@ -111,8 +111,9 @@ class RowSource(SourceBase):
     """A table of rows.
 
     `group_field` names the column whose equal values stay on one side of a split (a patient, a
-    page); without it every row is its own group. Of conversations and preferences `max_documents`
-    can keep the best instead of a share by hash, and the same number of every kind.
+    page); without it a text is its own group, and what answers one prompt is one. Of conversations
+    and preferences `max_documents` can keep the best instead of a share by hash, and the same
+    number of every kind.
     """
 
     format: RowFormat = "text"
@@ -211,8 +212,8 @@ Source = Annotated[
 class Deduplicate(Strict):
     """Exact duplicates always go; near ones above a Jaccard similarity of word shingles."""
 
-    near: bool = True
-    """Drop near duplicates too."""
+    near: bool | None = None
+    """Drop near duplicates too; null: of texts only, as conversations and pairs share prompts."""
     jaccard: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Similarity from which on two texts are near duplicates."""
 
@@ -255,6 +256,11 @@ class Corpus(Strict):
     @property
     def record_kind(self) -> RecordKind:
         return next(iter(self.sources.values())).record_kind
+
+    @property
+    def drops_near_duplicates(self) -> bool:
+        near = self.deduplicate.near
+        return self.record_kind == "text" if near is None else near
 
     def broken_rules(self) -> Iterator[BrokenRule]:
         kinds = {name: source.record_kind for name, source in self.sources.items()}

@@ -81,7 +81,7 @@ class TaskExam(Strict):
     per_task: PositiveInt = 25
     """Most prompts of a task type."""
     max_new_tokens: PositiveInt = 64
-    """Longest answer."""
+    """Longest answer; prompts whose reference is longer are not asked."""
 
 
 class TrainingStage(Strict):
@@ -155,7 +155,7 @@ class SftStage(ChatStage):
     train_on_prompt: bool = False
     """Learn the prompts' tokens too."""
     exam: TaskExam | None = TaskExam()
-    """null: no task scores."""
+    """null: no task scores; the loss of the held-out answers is told all the same."""
     num_samples: NonNegativeInt = 4
     """Held-out prompts answered at every evaluation, written to `samples.jsonl`; only of sources
     whose licence says `contains_phi: false`."""

@@ -36,7 +36,8 @@ _DROPPED = 255
 class SourceCounts:
     """What became of one source's rows, for the manifest.
 
-    `read` = `not_chosen` + `exact_duplicates` + `near_duplicates` + `train` + `heldout`.
+    `read` = `not_chosen` + `exact_duplicates` + `near_duplicates` + `train` + `heldout`. What is
+    `heldout_*_duplicates` is among the duplicates too.
     """
 
     read: int = 0
@@ -44,6 +45,8 @@ class SourceCounts:
     not_chosen: int = 0
     exact_duplicates: int = 0
     near_duplicates: int = 0
+    heldout_exact_duplicates: int = 0
+    heldout_near_duplicates: int = 0
     train: int = 0
     heldout: int = 0
 
@@ -143,8 +146,8 @@ class _Scan:
         self._corpus = corpus
         self._names = list(corpus.sources)
         self._counts = {name: SourceCounts() for name in corpus.sources}
-        rule = corpus.deduplicate
-        self._duplicates = DuplicateIndex(rule.jaccard if rule.near else None)
+        jaccard = corpus.deduplicate.jaccard if corpus.drops_near_duplicates else None
+        self._duplicates = DuplicateIndex(jaccard)
         self._ids: list[str] = []
         self._sides = bytearray()
         self._source_ids = array("H")
@@ -179,9 +182,13 @@ class _Scan:
         live = [number for number in order if self._sides[number] != _DROPPED]
         found = self._duplicates.find(live, lambda number: _unpacked(self.spool[number]).text)
         for number in found.exact:
-            self._drop(number).exact_duplicates += 1
+            counts, is_heldout = self._drop(number)
+            counts.exact_duplicates += 1
+            counts.heldout_exact_duplicates += is_heldout
         for number in found.near:
-            self._drop(number).near_duplicates += 1
+            counts, is_heldout = self._drop(number)
+            counts.near_duplicates += 1
+            counts.heldout_near_duplicates += is_heldout
         for number, side in enumerate(self._sides):
             counts = self._counts[self._names[self._source_ids[number]]]
             counts.train += side == SIDES.index("train")
@@ -192,9 +199,11 @@ class _Scan:
             raise UserError(f"corpus {self._corpus.name!r}: no documents; see corpus.sources")
         return reading
 
-    def _drop(self, number: int) -> SourceCounts:
+    def _drop(self, number: int) -> tuple[SourceCounts, bool]:
+        """Its source's counts, and whether it stood on the held-out side."""
+        is_heldout = self._sides[number] == SIDES.index("heldout")
         self._sides[number] = _DROPPED
-        return self._counts[self._names[self._source_ids[number]]]
+        return self._counts[self._names[self._source_ids[number]]], is_heldout
 
     def _refuse_repeats(self, ids: list[str]) -> None:
         for first, second in pairwise(ids):

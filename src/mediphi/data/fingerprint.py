@@ -21,6 +21,9 @@ from mediphi.errors import DataError
 READERS_VERSION = 2
 """Raise it whenever a reader, the deduplication or the split gives other documents than before."""
 
+_FORMAT_VERSIONS: dict[str, int] = {"messages": 2, "prompt_completion": 2, "preference": 2}
+"""Raised instead where only rows of one format are read differently; without it: the first."""
+
 _SETTINGS = {"on_bad", "max_bad_share", "heldout_fraction", "deduplicate"}
 _NO_MATTER = {"licence", "weight", "path"}
 _SETTLED_SECONDS = 2.0
@@ -43,6 +46,7 @@ def fingerprint(corpus: Corpus, *, cache: Path | None = None) -> str:
     """
     hashes = FileHashes(cache)
     settings = corpus.model_dump(mode="json", include=_SETTINGS)
+    settings["deduplicate"]["near"] = corpus.drops_near_duplicates
     facts: dict[str, Any] = {"version": READERS_VERSION, **settings}
     facts["sources"] = {
         name: _source(source, name, hashes) for name, source in corpus.sources.items()
@@ -59,6 +63,9 @@ def _source(source: Source, name: str, hashes: "FileHashes") -> dict[str, Any]:
     if isinstance(source, UnavailableSource):
         unavailable.read(source, name=name, bad_rows=BadRows())
     facts = source.model_dump(mode="json", exclude=_NO_MATTER)
+    layout = getattr(source, "format", None)
+    if layout in _FORMAT_VERSIONS:
+        facts["format_version"] = _FORMAT_VERSIONS[layout]
     path = getattr(source, "path", None)
     if path is not None:
         try:

@@ -280,9 +280,11 @@ def _fitting(store: TokenStore, settings: PlanSettings) -> tuple[Sequences, Ints
         return found, found.document[:0]
     fits = found.length <= settings.capacity
     if not fits.any():
+        side = "held-out" if store.manifest.key.split == "heldout" else "training"
+        noun = "conversation" if settings.layout == "chat" else "pair"
         raise DataError(
-            f"{store.path}: no conversation fits into stage.max_length={settings.capacity} tokens; "
-            f"the shortest has {int(found.length.min())}"
+            f"no {side} {noun} fits into stage.max_length={settings.capacity} tokens; the shortest "
+            f"has {int(found.length.min())}: raise it or shorten the texts"
         )
     return found.take(fits), found.document[~fits]
 

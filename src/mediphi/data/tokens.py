@@ -152,9 +152,12 @@ class TokenStore:
             ids[here] = self._shards[index][address[here] - self.shard_starts[index]]
         return ids
 
-    def documents_per_source(self) -> dict[str, int]:
-        """How many documents each of `sources` has."""
-        is_first = np.diff(self.pieces["document"].astype(np.int64), prepend=-1) > 0
+    def documents_per_source(self, rows: NDArray[np.int64] | None = None) -> dict[str, int]:
+        """How many documents each of `sources` has; of these `rows` only, where they are given."""
+        documents = self.pieces["document"].astype(np.int64)
+        is_first = np.diff(documents, prepend=-1) > 0
+        if rows is not None:
+            is_first &= np.isin(documents, rows)
         counts = np.bincount(self.piece_sources[is_first], minlength=len(self.sources))
         return dict(zip(self.sources, counts.tolist(), strict=True))
 

@@ -18,7 +18,8 @@ class Objective(NamedTuple):
     """What is minimised; see `dpo_loss`.
 
     Attributes:
-        sft_weight: weight of the chosen answer's cross-entropy per token.
+        sft_weight: weight of the chosen answer's cross-entropy per token, a mean over each answer
+            and then over pairs; not part of the logged loss.
         uses_reference: False: log-probabilities of the reference count as 0.
     """
 

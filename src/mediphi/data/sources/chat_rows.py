@@ -125,15 +125,15 @@ def quality(row: Row, layout: RowFormat) -> float | None:
     return number
 
 
-def group(row: Row, layout: RowFormat) -> str | None:
-    """The group of a good MediFlow row: rows about one text belong together, in all sources.
+def group(made: Dialogue | Pair) -> str:
+    """The group of a row: all that answers one prompt belongs together, in all sources and formats.
 
-    Case, spacing and punctuation of the text do not count. Other rows have no group of their own.
+    The prompt counts by the words of its user turns: its system turn is often the same in all rows,
+    and case, spacing and punctuation differ between copies.
     """
-    if not layout.startswith("mediflow"):
-        return None
-    about = row["instruction"] if _is_blank(row["input"]) else row["input"]
-    return f"input={content_key(about)}"
+    is_pair = isinstance(made, Pair)
+    prompt = made.prompt if is_pair else made.turns[: made.num_prompt_turns or None]
+    return f"input={content_key(' '.join(turn.text for turn in prompt if turn.role == 'user'))}"
 
 
 def split_at_common_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:

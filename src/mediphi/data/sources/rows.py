@@ -89,7 +89,7 @@ class Rows:
             return self._document(row, key)
         parts = chat_rows.parts(row, layout)
         labels, quality = chat_rows.labels(row, layout), chat_rows.quality(row, layout)
-        identity = self._identity(row, key, group=chat_rows.group(row, layout))
+        identity = self._identity(row, key, group=chat_rows.group(parts))
         more: dict[str, Any] = {"labels": labels, "quality": quality, "place": place}
         if isinstance(parts, chat_rows.Pair):
             return Preference(*identity, **parts._asdict(), **more)
