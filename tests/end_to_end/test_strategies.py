@@ -110,9 +110,8 @@ def second_process(child: Child) -> int | None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "strategy", ["fsdp2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ddp", "zero3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_rank_1_killed_at_random_steps_and_started_again_changes_nothing(
     strategy: str, near: Place, tmp_path: Path, torchrun: None
 ) -> None:
