@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 from mediphi.config.schema import Config
 from mediphi.errors import MachineError, UserError
 
-SPEAK_AFTER = 3.0
+SPEAK_AFTER = 6.0
 """Seconds that a rank keeps its error to itself: rank 0 may tell the same and end everything."""
 GRACE = 2.0
 """Seconds that rank 0 gets to say its last words when another rank has failed."""
