@@ -153,8 +153,24 @@ def join_processes(hardware: Hardware) -> None:
     on_gpu = torch.cuda.is_available() and hardware.accelerator != "cpu"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_store(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=LONGEST_WAIT,
+    )
     atexit.register(dist.destroy_process_group)
+
+
+def _store() -> dist.Store:
+    """Where ranks find one another.
+
+    torchrun keeps one over its restarts, without telling them apart: a rank would read where
+    another listened before it was killed, and wait there for ever.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    return dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager
