@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,25 @@ def test_who_loses_its_peers_lets_them_speak_but_a_defect_shows(
 
 
 # --- signals outside the training loop
+
+
+def test_a_signal_while_an_object_is_finalised_is_not_lost(capfd: pytest.CaptureFixture[str]):
+    """Python only reports what such code raises; a loader's thread is ended there."""
+
+    def loader() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught, interruptible():
+        batches = loader()
+        next(batches)
+        del batches
+        time.sleep(5)
+        raise AssertionError("the signal was dropped")
+    assert caught.value.code == 143
+    assert capfd.readouterr().err.count("stopped by SIGTERM") == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from mediphi.errors import Interrupted
 from mediphi.launch import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN_AFTER = 0.05
+"""Seconds."""
 
 
 @contextmanager
@@ -23,22 +26,34 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner, received = os.getpid(), False
+    owner, received, told = os.getpid(), False, False
 
     def leave(number: int, frame: FrameType | None) -> None:
-        nonlocal received
+        nonlocal received, told
         if received or os.getpid() != owner:  # a forked child has nothing to say
             os._exit(128 + number)
-        received = True
-        if rank() == 0:
+        if rank() == 0 and not told:
             name = signal.Signals(number).name
             # print is not reentrant
             os.write(2, f"stopped by {name}: the same command goes on from here\n".encode())
+        received = told = True
         raise Interrupted(128 + number)
 
+    def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
+        """Python drops what is raised while it finalises an object: the signal comes anew."""
+        nonlocal received
+        if isinstance(ignored.exc_value, Interrupted):
+            received = False
+            number = ignored.exc_value.code - 128
+            threading.Timer(AGAIN_AFTER, os.kill, (owner, number)).start()
+        else:
+            hook(ignored)
+
+    hook, sys.unraisablehook = sys.unraisablehook, raise_again
     before = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
         yield
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+        sys.unraisablehook = hook

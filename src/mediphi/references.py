@@ -9,10 +9,11 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from mediphi import engine
 from mediphi.artifacts import locked, write_atomic
 from mediphi.backbone import BackboneSpec
+from mediphi.batches import Batch
 from mediphi.chat_exams import PreferenceAccuracy
 from mediphi.checkpointing import SafeCheckpointIO
 from mediphi.config.stages import DpoStage
@@ -32,7 +34,6 @@ from mediphi.data.datamodule import References
 from mediphi.data.fingerprint import FileHashes
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import TrainingPlan, once_through
-from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError, UserError
 from mediphi.launch import rank
 from mediphi.modules.dpo import DpoModule, Objective, ScoredPairs
@@ -101,35 +102,55 @@ def preference_exam(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> P
 
 def _compute(run: Training, plan: PhasePlan, backbone: BackboneSpec, path: Path) -> None:
     started = time.monotonic()
-    module = _module(run, plan, backbone)  # built by the first side, kept for the second
-    sides = {"train": run.data.train, "heldout": run.data.heldout}
-    found = [_everywhere(run, plan, module, store, side=side) for side, store in sides.items()]
+    module = _module(run, plan, backbone)
+    found = _everywhere(run, plan, module)
     if rank() == 0:
-        _write(path, References(*found))
-        count, seconds = sum(map(len, found)), time.monotonic() - started
+        _write(path, found)
+        count, seconds = len(found.train) + len(found.heldout), time.monotonic() - started
         print(f"reference   {count:,} pairs in {seconds:.1f} s, kept in {path}", flush=True)
 
 
-def _everywhere(
-    run: Training, plan: PhasePlan, module: DpoModule, store: TokenStore, *, side: str
-) -> Logps:
-    """Log-probabilities of all pairs of a store, each rank computing its share."""
-    if not store.num_tokens:  # nothing is held out
-        return np.empty((0, 2), dtype=np.float32)
-    pairs = once_through(store, plan.data.settings)
-    num_steps = pairs.num_steps * pairs.accumulate
+def _everywhere(run: Training, plan: PhasePlan, module: DpoModule) -> References:
+    """Log-probabilities of all pairs, each rank computing its share.
+
+    One trainer for both sides: a strategy that splits the model does so once.
+    """
+    stores = [run.data.train, run.data.heldout]
+    sides = [once_through(s, plan.data.settings) if s.num_tokens else None for s in stores]
+    loaders = [PackedLoader(pairs, rank=rank()) for pairs in sides if pairs is not None]
     trainer = engine.make_trainer(
         run.config.hardware,
         run.device,
         checkpoint_io=SafeCheckpointIO(),
-        callbacks=[make_progress(f"reference, {side}", num_steps=num_steps)],
+        callbacks=[make_progress("reference", num_steps=sum(map(len, loaders)))],
         loggers=[],
         loop={},
     )
-    loader: Any = PackedLoader(pairs, rank=rank())
-    found: Any = trainer.predict(module, loader)
+    batches: Any = _OneAfterAnother(loaders)
+    found: Any = trainer.predict(module, batches)
     shares = engine.from_all_ranks(found or [])
-    return _by_row((scored for share in shares for scored in share), pairs)
+    logps, first = [], 0
+    for pairs in sides:
+        if pairs is None:  # nothing is held out
+            logps.append(np.empty((0, 2), dtype=np.float32))
+            continue
+        last = first + pairs.num_steps * pairs.accumulate
+        logps.append(_by_row((scored for share in shares for scored in share[first:last]), pairs))
+        first = last
+    return References(*logps)
+
+
+class _OneAfterAnother:
+    """Several loaders as one."""
+
+    def __init__(self, loaders: Sequence[PackedLoader]) -> None:
+        self._loaders = loaders
+
+    def __len__(self) -> int:
+        return sum(map(len, self._loaders))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return chain.from_iterable(self._loaders)
 
 
 @torch.inference_mode()

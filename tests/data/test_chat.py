@@ -3,11 +3,14 @@
 import json
 import lzma
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mediphi.batches import IGNORE, TokenBatch
@@ -35,7 +38,10 @@ TALK = (
 )
 
 
-@pytest.fixture(scope="module", params=["phi35_mini", "tiny"])
+BOTH = ("phi35_mini", "tiny")
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(ASSETS / "models" / request.param)
 
@@ -170,6 +176,57 @@ def test_plain_prompt_and_completion_are_tokenised_together(tokenizer: PreTraine
     assert context == alone[: len(context)] and len(context) >= len(alone) - 2
 
 
+WORDS = [
+    "The heart",
+    " is a mus",
+    "cle",
+    "\n\n",
+    " ",
+    "39 °C",
+    "▁x",
+    "<|end|>",
+    "漢字",
+    "🫀",
+    "é",
+    ",",
+]
+
+
+@cache
+def chat_renderer(name: str) -> ChatRenderer:
+    return ChatRenderer(AutoTokenizer.from_pretrained(ASSETS / "models" / name))
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(WORDS), min_size=3, max_size=12), st.integers(1, 11))
+def test_every_plain_row_is_proven_wherever_the_prompt_ends(words: list[str], cut: int):
+    said = "".join(words[:cut]).strip(), "".join(words[cut:]).rstrip()
+    assume(said[0] and said[1].strip())
+    for renderer in map(chat_renderer, BOTH):
+        row = talk(Turn("user", said[0]), Turn("assistant", said[1]), is_chat=False)
+        renderer.prove(row, renderer.conversation(row))
+        pair = Preference("a/1", "g", "a", row.turns[:1], said[1], f"Not {said[1]}", is_chat=False)
+        renderer.prove(pair, renderer.preference(pair))
+
+
+@pytest.mark.parametrize("fault", ["moved", "lost"])
+def test_a_plain_span_that_is_not_the_completion_is_refused(
+    tokenizer: PreTrainedTokenizerFast, fault: str
+):
+    """Two of its tokens are context, or one is nowhere."""
+    renderer = ChatRenderer(tokenizer)
+    row = talk(Turn("user", "The heart is"), Turn("assistant", " a large muscle."), is_chat=False)
+    rendered = renderer.conversation(row)
+    context, answer = rendered.pieces
+    ids = (*context.prefix, *answer.prefix)
+    at = len(context.prefix) + 2
+    pieces = [context._replace(prefix=ids[:at]), answer._replace(prefix=ids[at:])]
+    if fault == "lost":
+        pieces = [context, answer._replace(prefix=answer.prefix[1:])]
+    with pytest.raises(ValueError, match="do not decode to them"):
+        renderer.prove(row, rendered._replace(pieces=pieces))
+
+
 @pytest.mark.parametrize("learnt", [("answer",), CHAT_KINDS])
 def test_what_is_learnt_decodes_to_the_answers(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, learnt: Any
@@ -185,10 +242,10 @@ def test_what_is_learnt_decodes_to_the_answers(
     store = build_store(
         map(renderer.conversation, records), cache=tmp_path, tokenizer=tokenizer, key=key
     )
-    settings = PlanSettings(
+    plan_settings = PlanSettings(
         kinds=CHAT_KINDS, capacity=4096, global_batch=1, layout="chat", learnt=learnt
     )
-    plan = TrainingPlan(store, settings)
+    plan = TrainingPlan(store, plan_settings)
     seen, targets = set(), 0
     for batch in PackedLoader(plan):
         assert isinstance(batch, TokenBatch)
@@ -222,8 +279,8 @@ def test_what_does_not_fit_is_left_out_and_named(
     store = build_store(
         map(renderer.conversation, records), cache=tmp_path, tokenizer=tokenizer, key=key
     )
-    settings = PlanSettings(kinds=CHAT_KINDS, capacity=128, global_batch=1, layout="chat")
-    plan = TrainingPlan(store, settings)
+    plan_settings = PlanSettings(kinds=CHAT_KINDS, capacity=128, global_batch=1, layout="chat")
+    plan = TrainingPlan(store, plan_settings)
     assert [store.document_id(row) for row in plan.too_long.tolist()] == ["a/long"]
     assert store.documents_per_source(plan.too_long) == {"a": 1}
     assert store.documents_per_source() == {"a": 2}

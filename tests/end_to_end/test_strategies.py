@@ -1,5 +1,6 @@
 """ZeRO-3 and FSDP2 by the real command: one device's model, through stops, kills and changes."""
 
+import csv
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from end_to_end import tiny_run
+from end_to_end.tiny_chat import ChatRun, dpo
 from end_to_end.tiny_run import (
     CODES,
     DAPT,
@@ -23,8 +25,9 @@ from safetensors.torch import load_file
 
 from mediphi.checkpointing import step_of
 
-RUN = [*DAPT, *CODES, "hardware.accelerator=cpu", "hardware.precision=32-true", "name=run"]
-RUN += ["hardware.micro_batch=1", "hardware.checkpoints.every_steps=1", "stage.neftune_alpha=0"]
+EXACT = ["hardware.accelerator=cpu", "hardware.precision=32-true", "name=run"]
+RUN = [*DAPT, *CODES, *EXACT, "hardware.micro_batch=1", "hardware.checkpoints.every_steps=1"]
+RUN += ["stage.neftune_alpha=0"]
 TWO = "hardware.devices=2"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TORCHRUN += ["--max-restarts=5", "--monitor-interval=0.1"]
@@ -53,6 +56,12 @@ def stop_after_a_step(place: Place, *how: str) -> None:
     assert not (run_dir(place) / "manifest.json").exists()
 
 
+def losses(run: Path) -> list[float]:
+    """Held-out preference losses."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(r["heldout/loss"]) for r in csv.DictReader(file) if r["heldout/loss"]]
+
+
 def assert_same_model(ours: Path, theirs: Path) -> None:
     left, right = (load_file(run / "model" / "model.safetensors") for run in (ours, theirs))
     assert left.keys() == right.keys()
@@ -69,6 +78,22 @@ def test_one_run_goes_on_under_another_strategy_and_number_of_processes(
     assert ended.code == 0 and ended.out.count("sha256") == 1, ended
     assert_same_model(run_dir(near), plain)
     assert len(curve(run_dir(near))) == len(curve(plain))
+
+
+def test_preferences_are_trained_alike_by_all_strategies(
+    near: Place, sft_run: ChatRun, tmp_path: Path
+) -> None:
+    """Log-probabilities of the reference too: each strategy computes its own."""
+    command = [*dpo(near.assets, sft_run.run_dir), *EXACT, "hardware.micro_batch=2"]
+    made = {}
+    for how in ([], ["hardware.strategy=zero3", TWO], ["hardware.strategy=fsdp2", TWO]):
+        place = Place(tmp_path / str(len(made)), tmp_path / f"cache{len(made)}", near.assets)
+        ended = place.program(*command, *how).wait()
+        assert ended.code == 0 and ended.out.count("\nreference ") == 1, ended
+        made[len(made)] = place.runs / "dpo" / "run"
+    for other in (made[1], made[2]):
+        assert_same_model(other, made[0])
+        assert losses(other) == pytest.approx(losses(made[0]), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mediphi.config.corpus import Corpus, RecordKind, RowSource
-from mediphi.config.stages import Stage
+from mediphi.config.stages import DpoStage, Stage
 from mediphi.config.strict import BrokenRule, Strict
 
 
@@ -170,6 +170,13 @@ class Config(Strict):
                 "stage.global_batch",
                 f"must be a multiple of hardware.micro_batch x devices x num_nodes = {rows}; "
                 f"nearest: {f'{lower} or ' if lower else ''}{upper}",
+            )
+        splits = self.hardware.strategy in ("zero3", "fsdp2")
+        if splits and isinstance(self.stage, DpoStage) and self.stage.reference == "live":
+            yield BrokenRule(
+                "stage.reference",
+                f"hardware.strategy={self.hardware.strategy} splits one model, live keeps a second "
+                "one whole on every device; take cached, whose numbers are the same",
             )
         if self.corpus.record_kind != self.stage.reads:
             reads, corpus = self.stage.reads, self.corpus

@@ -20,7 +20,7 @@ from mediphi.data.render import Piece, Rendered, neutralise
 from mediphi.errors import UserError
 from mediphi.records import Conversation, PieceKind, Preference, Turn
 
-CHAT_VERSION = "chat/1"
+CHAT_VERSION = "chat/2"
 """Part of every cache key; raise it when the ids of any conversation change."""
 
 TALK = (
@@ -116,15 +116,20 @@ class ChatRenderer:
         """Compare with the tokenizer's own chat template, token by token.
 
         For each answer the ids of prompt and answer must be the template's, and those that are
-        learnt must decode to the answer's text and its `<|end|>`.
+        learnt must decode to the answer's text and its `<|end|>`. Of plain text the ids that are
+        not learnt must decode to a beginning of the prompt, and all to prompt and answer.
 
         Raises:
             ValueError: the reason why the row cannot be used; it never holds the text.
         """
-        if not record.is_chat:
-            return
         turns, pieces = _whole(record), list(rendered.pieces)
-        if isinstance(record, Preference):
+        if not record.is_chat:
+            is_pair = isinstance(record, Preference)
+            answers = [record.chosen, record.rejected] if is_pair else [turns[1].text]
+            context, *learnt = pieces
+            for answer, piece in zip(answers, learnt, strict=True):
+                self._prove_plain(turns[0].text, answer, context, piece)
+        elif isinstance(record, Preference):
             *prompt, chosen, rejected = pieces
             self._prove([*turns, Turn("assistant", record.chosen)], [*prompt, chosen])
             self._prove([*turns, Turn("assistant", record.rejected)], [*prompt, rejected])
@@ -157,6 +162,17 @@ class ChatRenderer:
             decoded = str(self._tokenizer.decode(self.ids([piece])[:-1]))
             if decoded.strip() != neutralise(answer).replace("▁", " ").strip():
                 raise ValueError("the tokens of an answer do not decode to the answer")
+
+    def _prove_plain(self, prompt: str, answer: str, context: Piece, learnt: Piece) -> None:
+        asked, said = (neutralise(text).replace("▁", " ") for text in (prompt, answer))
+        begun = self._decoded(context.prefix)
+        together = self._decoded((*context.prefix, *learnt.prefix)) == (asked + said).strip()
+        apart = (begun, self._decoded(learnt.prefix)) == (asked.strip(), said.strip())
+        if not (asked.lstrip().startswith(begun) and (together or apart)):
+            raise ValueError("the tokens of prompt and answer do not decode to them")
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids))).strip()
 
     def _turns(self, turns: Sequence[Turn], *, answers: PieceKind) -> list[Piece]:
         ids, pieces = self._ids, []

@@ -123,6 +123,7 @@ class PairMeter(Meter):
         "chosen_tokens",
         "rejected_tokens",
         "log_ratio",
+        "sft_loss",
     )
 
     def __init__(self, group_names: GroupNames, *, has_reference: bool = True) -> None:
@@ -153,6 +154,7 @@ class PairMeter(Meter):
             policy.num_chosen,
             policy.num_rejected,
             ratio,
+            -policy.chosen / policy.num_chosen,
         )
         ids = {
             "source": batch.source_ids.long(),
@@ -162,30 +164,20 @@ class PairMeter(Meter):
         self.add(torch.stack([row.double() for row in rows]), ids)
 
     def means(self, split: str, strategy: Any = None) -> dict[str, float]:
-        """Means per pair (log-probabilities also per token), margin and accuracy per group."""
+        """Means per pair, log-probabilities also per token, in all and per group."""
         groups = self.reduced(strategy)
-        sums = _total(groups["source"], self.rows)
-        pairs = sums["pairs"]
-        if not pairs:
+        total = _total(groups["source"], self.rows)
+        if not total["pairs"]:
             return {}
-        tokens = sums["chosen_tokens"] + sums["rejected_tokens"]
-        metrics = {
-            f"{split}/loss": sums["loss"] / pairs,
-            f"{split}/reward/chosen": sums["chosen_reward"] / pairs,
-            f"{split}/reward/rejected": sums["rejected_reward"] / pairs,
-            **_pair_means(split, "", sums),
-            f"{split}/logps/chosen": sums["chosen_logp"] / pairs,
-            f"{split}/logps/rejected": sums["rejected_logp"] / pairs,
-            f"{split}/logps_per_token/chosen": sums["chosen_logp"] / sums["chosen_tokens"],
-            f"{split}/logps_per_token/rejected": sums["rejected_logp"] / sums["rejected_tokens"],
-        }
-        if self.has_reference:
-            metrics[f"{split}/kl"] = sums["log_ratio"] / tokens
+        shown = [("", total)]
         for grouping in ("error", "task"):
             if self.is_named(grouping):
-                for name, own in groups[grouping].items():
-                    metrics |= _pair_means(split, f"/{grouping}/{name}", own)
-        return metrics
+                shown += [(f"/{grouping}/{name}", own) for name, own in groups[grouping].items()]
+        means: dict[str, float] = {}
+        for group, sums in shown:
+            for name, value in _pair_means(sums, has_reference=self.has_reference).items():
+                means[f"{split}/{name}{group}"] = value
+        return means
 
 
 def preferred(margin: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
@@ -206,9 +198,19 @@ def _token_means(split: str, group: str, sums: Mapping[str, float]) -> dict[str,
     }
 
 
-def _pair_means(split: str, group: str, sums: Mapping[str, float]) -> dict[str, float]:
-    margin = sums["chosen_reward"] - sums["rejected_reward"]
-    return {
-        f"{split}/margin{group}": margin / sums["pairs"],
-        f"{split}/accuracy{group}": sums["correct"] / sums["pairs"],
+def _pair_means(sums: Mapping[str, float], *, has_reference: bool) -> dict[str, float]:
+    pairs = sums["pairs"]
+    means = {
+        "loss": sums["loss"] / pairs,
+        "sft_loss": sums["sft_loss"] / pairs,
+        "margin": (sums["chosen_reward"] - sums["rejected_reward"]) / pairs,
+        "accuracy": sums["correct"] / pairs,
     }
+    for side in ("chosen", "rejected"):
+        means[f"reward/{side}"] = sums[f"{side}_reward"] / pairs
+        means[f"logps/{side}"] = sums[f"{side}_logp"] / pairs
+        means[f"logps_per_token/{side}"] = sums[f"{side}_logp"] / sums[f"{side}_tokens"]
+    if has_reference:
+        tokens = sums["chosen_tokens"] + sums["rejected_tokens"]
+        means["kl"] = sums["log_ratio"] / tokens
+    return means

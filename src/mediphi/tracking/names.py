@@ -50,7 +50,11 @@ def _per_split(
 
 
 _TEXT = ("kind", "source", "task")
-_PAIRS = ("error", "task")
+
+
+def _per_pair(name: str, unit: str, meaning: str) -> list[Metric]:
+    return _per_split(name, unit, meaning, "error", "task", objective="pairs")
+
 
 METRICS: tuple[Metric, ...] = (
     Metric("epoch", "passes", "position in the data: passes over the phase's rows so far"),
@@ -61,20 +65,20 @@ METRICS: tuple[Metric, ...] = (
     *_per_split("loss", "nats/token", "cross-entropy per token", *_TEXT, objective="tokens"),
     *_per_split("perplexity", "", "exp of the loss", *_TEXT, objective="tokens"),
     *_per_split("accuracy", "share right", "targets ranked first", *_TEXT, objective="tokens"),
-    *_per_split("loss", "", "preference loss per pair", objective="pairs"),
-    *_per_split("margin", "", "reward of chosen less rejected", *_PAIRS, objective="pairs"),
-    *_per_split("accuracy", "share right", "chosen rewarded more", *_PAIRS, objective="pairs"),
-    *_per_split("reward/chosen", "", "beta x log-ratio to the reference", objective="pairs"),
-    *_per_split("reward/rejected", "", "beta x log-ratio to the reference", objective="pairs"),
-    *_per_split("logps/chosen", "nats", "log-probability, summed", objective="pairs"),
-    *_per_split("logps/rejected", "nats", "log-probability, summed", objective="pairs"),
-    *_per_split("logps_per_token/chosen", "nats/token", "log-probability", objective="pairs"),
-    *_per_split("logps_per_token/rejected", "nats/token", "log-probability", objective="pairs"),
-    *_per_split(
+    *_per_pair("loss", "", "preference loss per pair, without the SFT term"),
+    *_per_pair("sft_loss", "nats/token", "cross-entropy of the chosen answer"),
+    *_per_pair("margin", "", "reward of chosen less rejected"),
+    *_per_pair("accuracy", "share right", "chosen rewarded more"),
+    *_per_pair("reward/chosen", "", "beta x log-ratio to the reference"),
+    *_per_pair("reward/rejected", "", "beta x log-ratio to the reference"),
+    *_per_pair("logps/chosen", "nats", "log-probability, summed"),
+    *_per_pair("logps/rejected", "nats", "log-probability, summed"),
+    *_per_pair("logps_per_token/chosen", "nats/token", "log-probability"),
+    *_per_pair("logps_per_token/rejected", "nats/token", "log-probability"),
+    *_per_pair(
         "kl",
         "nats/token",
         "log-ratio to the reference per token of both answers: an estimate off policy",
-        objective="pairs",
     ),
     Metric("quiz/{difficulty}", "share right", "multiple-choice accuracy on codes"),
     Metric("exam/{group}", "share right or mean score", "score on one kind of held-out item"),
