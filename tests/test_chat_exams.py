@@ -55,6 +55,9 @@ def scores(store: TokenStore, reference: np.ndarray | None, **changes: bool) -> 
     )
     scored = exam.sit(NOBODY)
     assert {one.chance for one in scored} == {0.5}
+    for one in scored:  # the rule's score, of a tie one half
+        _, chosen, rejected = SIZES[int(one.id[-1])]
+        assert one.baseline == (0.5 if chosen == rejected else float(chosen < rejected))
     assert {one.group for one in scored} <= set(exam.groups) == set(ERRORS)
     return {one.id: one.score for one in scored}
 

@@ -22,6 +22,7 @@ class Prompts:
     unit: Unit = "%"
     groups: tuple[str, ...] = ("short", "long")
     overall: bool = True
+    baseline: str = ""
     scored: list[Scored] = field(default_factory=lambda: SHORT)
 
     def sit(self, backbone: BackboneSpec) -> list[Scored]:

@@ -47,5 +47,6 @@ def _table(exam: Mapping[str, Any]) -> ExamTable:
         for moment, rows in exam["results"].items()
     }
     gains = {group: Difference(**gain) for group, gain in exam["gain"].items()}
-    rows = exam_table(results, gains, noun=exam["noun"], unit=exam["unit"])
+    words = {name: exam[name] for name in ("noun", "unit", "baseline") if name in exam}
+    rows = exam_table(results, gains, **words)
     return ExamTable(exam["title"], rows)

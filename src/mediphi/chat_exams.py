@@ -37,6 +37,7 @@ class TaskScores:
     metric: str = "exam"
     unit: Unit = "%"
     overall: bool = True
+    baseline: str = ""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -82,6 +83,7 @@ class PreferenceAccuracy:
     metric: str = "exam"
     unit: Unit = "%"
     overall: bool = True
+    baseline: str = "the shorter"
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ class PreferenceAccuracy:
             ratios = ratios / np.maximum(self.tokens, 1)
         margin = ratios[:, 0] - ratios[:, 1]
         scores = preferred(torch.from_numpy(margin)).tolist()
+        is_shorter = preferred(torch.from_numpy(self.tokens[:, 1] - self.tokens[:, 0]).double())
         names = self.store.manifest.labels["error_type"]
         errors = self.store.labels[:, LABELS.index("error_type")].tolist()
         clusters = prompt_clusters(self.store)
@@ -107,6 +110,7 @@ class PreferenceAccuracy:
                 scores[row],
                 chance=0.5,
                 cluster=clusters[row],
+                baseline=float(is_shorter[row]),
             )
             for row in np.flatnonzero(np.isfinite(margin)).tolist()
         ]

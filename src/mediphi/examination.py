@@ -23,6 +23,7 @@ class Exam(Protocol):
         unit: of its scores.
         groups: every group that `sit` may yield, in order.
         overall: whether the mean over all items is told beside the groups'.
+        baseline: the rule whose scores the items bring along; "": none.
     """
 
     @property
@@ -37,6 +38,8 @@ class Exam(Protocol):
     def groups(self) -> tuple[str, ...]: ...
     @property
     def overall(self) -> bool: ...
+    @property
+    def baseline(self) -> str: ...
 
     def sit(self, backbone: BackboneSpec) -> list[Scored]:
         """Score the model on every item, always in the same order."""
@@ -56,6 +59,7 @@ class CodeQuiz:
     unit: Unit = "%"
     groups: tuple[str, ...] = DIFFICULTIES
     overall: bool = False
+    baseline: str = ""
 
     def sit(self, backbone: BackboneSpec) -> list[Scored]:
         answers = score_quiz(
@@ -81,6 +85,7 @@ def marks(exam: Exam, answers: Mapping[str, Sequence[Scored]], *, seed: int) -> 
         "title": exam.title,
         "noun": exam.noun,
         "unit": exam.unit,
+        "baseline": exam.baseline,
         "results": {name: {r.group: r._asdict() for r in own} for name, own in results.items()},
         "gain": {group: gain._asdict() for group, gain in gains.items()},
     }

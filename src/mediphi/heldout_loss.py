@@ -33,6 +33,7 @@ class HeldoutLoss:
     unit: Unit = "nats/token"
     groups: tuple[str, ...] = (ALL,)
     overall: bool = False
+    baseline: str = ""
 
     @torch.inference_mode()
     def sit(self, backbone: BackboneSpec) -> list[Scored]:

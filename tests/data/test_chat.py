@@ -269,13 +269,14 @@ def test_what_is_learnt_decodes_to_the_answers(
     assert targets == sum(plan.num_global_targets(step) for step in range(plan.num_steps))
 
 
+@pytest.mark.parametrize(("side", "told"), [("train", "training"), ("heldout", "held-out")])
 def test_what_does_not_fit_is_left_out_and_named(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, side: Any, told: str
 ):
     renderer = ChatRenderer(tokenizer)
     long = Conversation("a/long", "g", "a", (Turn("user", "heart " * 300), TALK[2]))
     records = [talk(*TALK[1:3]), long]
-    key = StoreKey(tokenizer_sha256(tokenizer), renderer.version, "long", "train", 32000)
+    key = StoreKey(tokenizer_sha256(tokenizer), renderer.version, "long", side, 32000)
     store = build_store(
         map(renderer.conversation, records), cache=tmp_path, tokenizer=tokenizer, key=key
     )
@@ -286,6 +287,6 @@ def test_what_does_not_fit_is_left_out_and_named(
     assert store.documents_per_source() == {"a": 2}
     assert np.unique(plan.chunks(np.arange(plan.num_rows)).document).tolist() == [0]
     with pytest.raises(
-        DataError, match=r"^no training conversation fits into stage\.max_length=16 tokens"
+        DataError, match=rf"^no {told} conversation fits into stage\.max_length=16 tokens"
     ):
         TrainingPlan(store, PlanSettings(CHAT_KINDS, 16, 1, layout="chat"))

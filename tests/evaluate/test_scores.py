@@ -298,6 +298,16 @@ def test_a_table_without_chance_or_gain_has_no_such_column() -> None:
     assert row[0] == "summarization" and row[2] == "2"
 
 
+def test_what_a_rule_scores_has_a_column_of_its_own_name() -> None:
+    items = [
+        one._replace(baseline=rule)
+        for one, rule in zip(scored("a", [1, 0]), (1.0, 0.5), strict=True)
+    ]
+    head, row = exam_table({"before": summarise(items)}, {}, noun="pairs", baseline="the shorter")
+    assert head[2:] == ("chance", "the shorter", "pairs")
+    assert row[2:] == ("25.0 %", "75.0 %", "2")
+
+
 def test_columns_are_aligned() -> None:
     lines = format_table([("a", "b"), ("1", "24.0 %"), ("long", "7.5 %")]).splitlines()
     assert len({line.index(cell) for line, cell in zip(lines[2:], ("24", "7"), strict=True)}) == 1

@@ -25,6 +25,7 @@ class Scored(NamedTuple):
         chance: what guessing scores on average; None where guessing has no meaning.
         cluster: items that share it are alike, as pairs of one prompt are, and are resampled
             together; never a readable name. None: alike to no other.
+        baseline: score of a rule that needs no model; None where the exam has none.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Scored(NamedTuple):
     score: float
     chance: float | None = None
     cluster: str | None = None
+    baseline: float | None = None
 
 
 class Interval(NamedTuple):
@@ -48,7 +50,7 @@ class Difference(NamedTuple):
 
 
 class GroupResult(NamedTuple):
-    """Mean score of a group with its 95 % interval; `chance`: of guessing, None: no meaning."""
+    """Mean score of a group with its 95 % interval; `chance` and `baseline` as of `Scored`."""
 
     group: str
     num_items: int
@@ -56,6 +58,7 @@ class GroupResult(NamedTuple):
     low: float
     high: float
     chance: float | None
+    baseline: float | None = None
 
 
 def wilson(
@@ -208,24 +211,29 @@ def exam_table(
     *,
     noun: str = "questions",
     unit: Unit = "%",
+    baseline: str = "baseline",
 ) -> list[tuple[str, ...]]:
     """Rows of text, header first: a group by moment (`before`, `after phase1`, ...).
 
     A cell reads `72.3 % [66.9, 77.1]` (or `3.512 [3.401, 3.624]` of what is no share); what was not
-    asked reads `-`. Then come the gain in points, what guessing gives where that has a meaning, and
-    the number of items, headed by `noun`.
+    asked reads `-`. Then come the gain in points, what guessing gives where that has a meaning,
+    what the rule named `baseline` gives where there is one, and the number of items, headed by
+    `noun`.
     """
     show = _Show(unit)
     by_moment = {name: {one.group: one for one in own} for name, own in results.items()}
     asked = {one.group: one for own in results.values() for one in own}
     by_chance = any(one.chance is not None for one in asked.values())
+    by_rule = any(one.baseline is not None for one in asked.values())
     header = [show.heading, *by_moment]
-    header += [show.gain_heading] * bool(gains) + ["chance"] * by_chance + [noun]
+    header += [show.gain_heading] * bool(gains) + ["chance"] * by_chance
+    header += [baseline] * by_rule + [noun]
     rows = [tuple(header)]
     for group, one in asked.items():
         row = [group, *(show.cell(own.get(group)) for own in by_moment.values())]
         row += [show.gain(gains.get(group))] if gains else []
         row += [show.number(one.chance)] if by_chance else []
+        row += [show.number(one.baseline)] if by_rule else []
         rows.append((*row, f"{one.num_items:,}"))
     return rows
 
@@ -270,9 +278,14 @@ def _result(group: str, items: Sequence[Scored], seed: int) -> GroupResult:
         interval = wilson(int(sum(scores)), len(scores), design_effect=effect)
     else:
         interval = bootstrap(scores, seed=seed, clusters=clusters)
-    chances = [one.chance for one in items if one.chance is not None]
-    chance = fmean(chances) if len(chances) == len(items) else None
-    return GroupResult(group, len(items), fmean(scores), *interval, chance)
+    chance = _mean([one.chance for one in items])
+    baseline = _mean([one.baseline for one in items])
+    return GroupResult(group, len(items), fmean(scores), *interval, chance, baseline)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 class _Show:
