@@ -18,14 +18,13 @@ from mediphi.backbone import (
     BackboneSpec,
     build_model,
     check_weights,
-    export_model,
     float32_buffers,
     load_tokenizer,
     original_positions,
-    reload_and_compare,
     resolve_folder,
 )
 from mediphi.errors import ArtifactError, UserError
+from mediphi.export import export_model, reload_and_compare
 
 
 def spec(folder: Path | str, **changes: Any) -> BackboneSpec:

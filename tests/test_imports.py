@@ -27,6 +27,7 @@ ALLOWED = {
     "sweep": {"artifacts", "config", "data", "door", "errors"},
     "engine": CONTRACTS | {"attention", "strategies"},
     "backbone": CONTRACTS | {"attention", "lora"},
+    "export": CONTRACTS | {"backbone", "lora"},
     "lora": CONTRACTS,
     "tracking": CONTRACTS | {"artifacts"},
     "checkpointing": CONTRACTS | {"artifacts"},

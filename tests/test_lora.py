@@ -15,14 +15,12 @@ from small_training import CPU, SETTINGS, fit, make_module, unequal_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
-from mediphi import backbone, engine
+from mediphi import engine, export
 from mediphi.backbone import (
     BackboneSpec,
     build_model,
-    export_model,
     float32_buffers,
     load_tokenizer,
-    reload_and_compare,
 )
 from mediphi.checkpointing import PeriodicCheckpoint, SafeCheckpointIO, step_folder
 from mediphi.config.schema import Hardware
@@ -30,6 +28,7 @@ from mediphi.config.stages import Lora
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.tokens import TokenStore
 from mediphi.errors import ArtifactError, UserError
+from mediphi.export import export_model, reload_and_compare
 from mediphi.lora import add_adapters, merged_state, save_adapter
 
 LORA = Lora(rank=4, alpha=6.0)
@@ -316,7 +315,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
     """Adapters forgotten alike in writing and in comparing the tensors."""
     base = build_model(spec(architecture, lora=None))
     monkeypatch.setattr(
-        backbone, "merged_state", lambda model, dtype: merged_state(base, dtype=dtype)
+        export, "merged_state", lambda model, dtype: merged_state(base, dtype=dtype)
     )
     model = trained(build_model(spec(architecture)))
     export_model(model, load_tokenizer(str(architecture)), tmp_path / "m", dtype=dtype)

@@ -55,7 +55,8 @@ class Block(NamedTuple):
     mask: Bool[Tensor, "sequences 1 longest longest_keys"] | None = None
 
     def to(self, device: torch.device) -> "Block":
-        return Block(*(None if part is None else send(part, device) for part in self))
+        mask = None if self.mask is None else send(self.mask, device)
+        return Block(*(send(part, device) for part in self[:3]), mask=mask)
 
 
 def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False) -> Kernel:

@@ -26,7 +26,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner, received, told = os.getpid(), False, False
+    owner, received, told = os.getpid(), 0, False
 
     def leave(number: int, frame: FrameType | None) -> None:
         nonlocal received, told
@@ -36,15 +36,14 @@ def interruptible() -> Iterator[None]:
             name = signal.Signals(number).name
             # print is not reentrant
             os.write(2, f"stopped by {name}: the same command goes on from here\n".encode())
-        received = told = True
+        received, told = number, True
         raise Interrupted(128 + number)
 
     def raise_again(ignored: "sys.UnraisableHookArgs") -> None:
         """Python drops what is raised while it finalises an object: the signal comes anew."""
         nonlocal received
         if isinstance(ignored.exc_value, Interrupted):
-            received = False
-            number = ignored.exc_value.code - 128
+            number, received = received, 0
             threading.Timer(AGAIN_AFTER, os.kill, (owner, number)).start()
         else:
             hook(ignored)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mediphi import engine, tracking
 from mediphi.artifacts import Parent, publish, rename_folder, room_for
-from mediphi.backbone import BackboneSpec, export_model, original_positions, reload_and_compare
+from mediphi.backbone import BackboneSpec, original_positions
 from mediphi.budget import Budget
 from mediphi.checkpointing import (
     FiniteGuard,
@@ -30,6 +30,7 @@ from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.heldout_prompts import heldout_prompts
 from mediphi.data.plan import PlanSettings, TrainingPlan
 from mediphi.errors import DataError, UserError
+from mediphi.export import export_model, reload_and_compare
 from mediphi.launch import rank
 from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.preparation import PreparedData

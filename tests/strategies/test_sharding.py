@@ -148,8 +148,10 @@ def test_buffers_that_older_files_carry_are_ignored_as_transformers_does(changed
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
 
     folder = changed(carry)
-    build_model(pretrained(folder))
-    read_all(folder)
+    whole, parts = build_model(pretrained(folder)), read_all(folder)
+    assert all(torch.equal(parts[name], p) for name, p in whole.named_parameters())
+    (angles,) = (b for name, b in whole.named_buffers() if name.endswith("rotary_emb.inv_freq"))
+    assert angles.all(), "the file's zeros were taken"
 
 
 def test_a_torn_file_pickles_or_no_folder_are_refused_in_the_words_of_one_device(
