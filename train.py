@@ -11,15 +11,10 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 import hydra
 from omegaconf import DictConfig
 
-from mediphi.door import enter, one_line_errors
+from mediphi.door import enter, one_line_errors, prepare_process
 
 os.environ.setdefault("MEDIPHI_ROOT", str(Path(__file__).resolve().parent))
-# Spinning OpenMP threads on busy cores slow a step down tenfold; must be set before torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Packed rows come in every length, and a CPU's kernels keep a compiled product for each in two
-# caches: 1,024 of them take gigabytes, and few are met again.
-for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(cache, "64")
+prepare_process()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -1,7 +1,8 @@
 """What the step benchmarks share: sides as processes, clocks, FLOPs, ratios, result lines.
 
-A side is a worker process that stays alive. It trains once for every line that it reads, each time
-with a fresh trainer on the same initial weights, and answers with a `Run`.
+A side is a worker process that stays alive, in the environment that `train.py` makes for itself. It
+trains once for every line that it reads, each time with a fresh trainer on the same initial
+weights, and answers with a `Run`.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+
+from mediphi.door import PROCESS_SETTINGS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "models" / "tiny"
@@ -157,9 +160,10 @@ class Side:
     def __init__(self, name: str, script: str, task_file: Path, *, threads: int) -> None:
         self.name, self.runs = name, []
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
+        own = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
         self.process = subprocess.Popen(
             [sys.executable, script, name, str(task_file)],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"},
+            env={**PROCESS_SETTINGS, **os.environ, **own},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
