@@ -1,5 +1,6 @@
 """A small parent, one process per device: their end is its end, and nobody is left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -173,8 +174,14 @@ def test_who_loses_its_peers_lets_them_speak_but_a_defect_shows(
 # --- signals outside the training loop
 
 
-def test_a_signal_while_an_object_is_finalised_is_not_lost(capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_signal_while_an_object_is_finalised_is_not_lost(
+    slurm: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """Python only reports what such code raises; a loader's thread is ended there."""
+    before = signal.getsignal(signal.SIGTERM)
+    if slurm:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
 
     def loader() -> Iterator[int]:
         try:
@@ -188,6 +195,7 @@ def test_a_signal_while_an_object_is_finalised_is_not_lost(capfd: pytest.Capture
         del batches
         time.sleep(5)
         raise AssertionError("the signal was dropped")
+    signal.signal(signal.SIGTERM, before)
     assert caught.value.code == 143
     assert capfd.readouterr().err.count("stopped by SIGTERM") == 1
 
@@ -203,6 +211,27 @@ def test_a_signal_outside_the_loop_is_one_line_and_its_code(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     (line,) = capfd.readouterr().err.splitlines()
     assert signal.Signals(number).name in line and "same command" in line
+
+
+def test_in_a_slurm_job_a_second_sigterm_is_not_heard_but_sigint_is(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    ended: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        with pytest.raises(Interrupted), interruptible():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:  # cleaning up
+                signal.raise_signal(signal.SIGTERM)
+                with contextlib.suppress(Interrupted):
+                    signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # until the process has ended
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == [130]
 
 
 def test_other_ranks_and_forked_children_say_nothing(

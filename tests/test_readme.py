@@ -27,6 +27,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PROGRAM = ["python", "train.py"]
+TORCHRUN = ["python", "-m", "mediphi.torchrun"]
 FLAGS = {"--help": 0, "--cfg": 1, "-sc": 1, "-m": 0, "--config-dir": 1, "--config-name": 1}
 TOP = ("src/", "conf/", "sweeps/", "tests/", "assets/", "benchmarks/", "scripts/", "docs/")
 MEASURED = re.compile(r"\d\s?(?:%|tokens/s|times (?:as fast|faster))|\d\s?[x×] (?:as|faster|less)")
@@ -61,6 +62,8 @@ def commands(text: str) -> list[str]:
 
 def parsed(line: str) -> Command:
     words = shlex.split(line, comments=True)
+    if words[:3] == TORCHRUN:
+        words = [PROGRAM[0], *words[words.index(PROGRAM[1]) :]]
     assert words[:2] == PROGRAM, line
     flags, overrides, rest = {}, [], iter(words[2:])
     for word in rest:
@@ -97,8 +100,8 @@ def _swept(where, name: str, overrides: list[str]) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working directory with the YAML files that the README shows."""
-    for block in blocks(README.read_text(encoding="utf-8"), "yaml"):
+    """A working directory with the YAML files that the pages show."""
+    for block in [b for page in PAGES for b in blocks(page.read_text(encoding="utf-8"), "yaml")]:
         name = block.partition("\n")[0].removeprefix("# ")
         assert name.endswith(".yaml"), "a YAML block begins with the name of its file"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

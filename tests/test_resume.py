@@ -1,8 +1,11 @@
 """A run that was killed or stopped ends like one that was not."""
 
+import errno
+import os
 import random
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Callback
 from torch import Tensor
 from toy_training import (
     NUM_STEPS,
@@ -35,6 +39,7 @@ from mediphi.checkpointing import (
 from mediphi.checkpointing.periodic import rng_states, set_rng_states
 from mediphi.checkpointing.safe_io import checkpoints_in
 from mediphi.errors import Interrupted
+from mediphi.interruption import interruptible
 from mediphi.tracking.progress import silence_lightning
 
 
@@ -151,3 +156,39 @@ def test_process_exits_143_and_a_second_sigterm_ends_it_at_once(
 ) -> None:
     assert exit_code(start(train_and_signal, str(tmp_path), signal.SIGTERM, times)) == 143
     assert bool(checkpoints_in(tmp_path / "checkpoints" / "phase1")) is saved
+
+
+@pytest.fixture
+def slurm_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm job, in which a signal may leave this process deaf."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("step", [3, 4, NUM_STEPS])
+def test_in_a_slurm_job_no_further_sigterm_ends_the_save(
+    step: int, slurm_job: None, tmp_path: Path
+) -> None:
+    sender = SendSignal(signal.SIGTERM, step=step, times=3, also_in_saves=True)
+    with pytest.raises(Interrupted) as caught, interruptible():
+        train(tmp_path, callbacks=lambda c: [sender, StopOnSignal(c)], every_steps=100)
+    assert caught.value.code == 143
+    found = last_checkpoint(tmp_path / "checkpoints" / "phase1")
+    assert found is not None and step_of(found) == step
+
+
+class FullDisk(Callback):
+    """No save succeeds."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_save_that_fails_in_stopping_is_an_error_and_no_stop(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    sender = SendSignal(signal.SIGTERM, step=3)
+    with pytest.raises(OSError, match="No space left"), interruptible():
+        train(tmp_path, callbacks=lambda c: [sender, FullDisk(), StopOnSignal(c)])
+    assert signal.getsignal(signal.SIGTERM) is before

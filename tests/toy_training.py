@@ -171,10 +171,18 @@ def save(folder: Path, step: int, *, floats: int = 1000) -> Path:
 
 
 class SendSignal(Callback):
-    """Sends this process signals while step `step` is being computed."""
+    """Sends this process signals while step `step` is being computed, and perhaps in every save."""
 
-    def __init__(self, number: int, *, step: int, times: int = 1) -> None:
+    def __init__(
+        self, number: int, *, step: int, times: int = 1, also_in_saves: bool = False
+    ) -> None:
         self.number, self.step, self.times = number, step, times
+        self.also_in_saves = also_in_saves
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.also_in_saves:
+            os.kill(os.getpid(), self.number)
+        return {}
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
         if trainer.global_step == self.step - 1:

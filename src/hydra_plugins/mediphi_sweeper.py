@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 
 class ProcessSweeper(Sweeper):
-    """Judge the whole grid of points, then run each in its own process."""
+    """Judge the whole grid of points, then run each in its own process or as a job of Slurm."""
 
     def __init__(self, params: dict[str, Any], jobs: int) -> None:
         self.params = params
@@ -28,7 +28,8 @@ class ProcessSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Plan, run, print the table; ends in `SystemExit` when a job failed or a signal came."""
-        from mediphi.sweep import expand, plan, run_sweep
+        from mediphi.cluster import wanted
+        from mediphi.sweep import expand, plan, run_sweep, submit_sweep
 
         chosen = [f"{key}={value}" for key, value in self.params.items()]
         planned = plan(
@@ -36,7 +37,11 @@ class ProcessSweeper(Sweeper):
             config_name=self.config_name,
             points=expand([*chosen, *arguments]),
         )
-        run_sweep(planned, num_jobs=self.jobs)
+        first = planned.points[0].config
+        if (slurm := wanted(first)) is not None and not first.check_only:
+            submit_sweep(planned, slurm)
+        else:
+            run_sweep(planned, num_jobs=self.jobs)
 
 
 @dataclass

@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from mediphi.errors import Interrupted
 from mediphi.launch import rank
@@ -20,6 +21,8 @@ AGAIN_AFTER = 0.05
 def interruptible() -> Iterator[None]:
     """The first signal raises `Interrupted` wherever the program is, the second ends it at once.
 
+    In a Slurm job a second SIGTERM is not heard: see `hear_once`.
+
     Whatever is on disk is whole, so nothing needs saving. Inside a training loop `StopOnSignal`
     takes over, and gives back.
     """
@@ -30,6 +33,7 @@ def interruptible() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         nonlocal received, told
+        hear_once(number)
         if received or os.getpid() != owner:  # a forked child has nothing to say
             os._exit(128 + number)
         if rank() == 0 and not told:
@@ -44,6 +48,7 @@ def interruptible() -> Iterator[None]:
         nonlocal received
         if isinstance(ignored.exc_value, Interrupted):
             number, received = received, 0
+            signal.signal(number, leave)  # `hear_once` may have silenced it
             threading.Timer(AGAIN_AFTER, os.kill, (owner, number)).start()
         else:
             hook(ignored)
@@ -53,6 +58,21 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        give_back(before)
         sys.unraisablehook = hook
+
+
+def hear_once(number: int) -> None:
+    """From here on be deaf to SIGTERM, if `number` is that and this is a Slurm job.
+
+    There one order to stop comes several times: from Slurm, and once more from torchrun.
+    """
+    if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Set earlier handlers again, but stay deaf to what `hear_once` has silenced."""
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)

@@ -60,8 +60,8 @@ def needs_processes(config: Config) -> bool:
         return False
     if config.hardware.num_nodes > 1:
         raise UserError(
-            f"hardware.num_nodes={config.hardware.num_nodes}: start it on every node by "
-            f"torchrun --nnodes {config.hardware.num_nodes} "
+            f"hardware.num_nodes={config.hardware.num_nodes}: take hardware=slurm_..., or start it "
+            f"on every node by torchrun --nnodes {config.hardware.num_nodes} "
             f"--nproc-per-node {config.hardware.devices} train.py ..."
         )
     return config.world_size > 1 and not config.check_only
@@ -125,7 +125,7 @@ class Workers:
                 break
             time.sleep(0.05)
         first = first or next((w.returncode for w in self.processes if w.returncode), 0)
-        return _told(first)
+        return shell_code(first)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         for worker in self.processes:
@@ -175,7 +175,7 @@ def _seconds_left(codes: list[int | None]) -> float | None:
     return FAREWELL if all(code in (130, 143) for code in ended) else GRACE
 
 
-def _told(code: int) -> int:
+def shell_code(code: int) -> int:
     """The exit code as a shell has it; a process that was killed could not say so itself."""
     if code >= 0:
         return code

@@ -1,11 +1,12 @@
 """The switch: hold the run directory, say that it is done, or run the stage."""
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from mediphi import launch
+from mediphi import cluster, launch
 from mediphi.announcement import announce
-from mediphi.artifacts import check_data, named_parents, open_run, plain_folder
+from mediphi.artifacts import check_data, is_run_of, named_parents, open_run, plain_folder
 from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
 from mediphi.data.fingerprint import fingerprint
@@ -15,17 +16,24 @@ from mediphi.launch import RunResult
 
 
 def run(config: Config) -> RunResult:
-    """Run one stage; several devices get a process each; a finished run is only announced.
+    """Run one stage, here or as a job of Slurm; a finished run is only announced.
+
+    Several devices get a process each.
 
     Raises:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal came.
     """
-    looks_finished = (
-        config.on_existing == "resume" and (run_dir(config) / "manifest.json").is_file()
-    )
-    if launch.needs_processes(config) and not looks_finished:
-        launch.run_in_processes(config)
+    job = cluster.own_job()
+    came_back = job is not None and is_run_of(run_dir(config), job)
+    on_existing = "resume" if came_back else config.on_existing
+    looks_finished = on_existing == "resume" and (run_dir(config) / "manifest.json").is_file()
+    if not looks_finished:
+        if (slurm := cluster.wanted(config)) is not None:
+            cluster.submit(config, slurm, [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
+            return RunResult(None, run_dir(config))
+        if launch.needs_processes(config):
+            launch.run_in_processes(config)
     with launch.one_voice(), interruptible(), ExitStack() as stack:
         if not config.check_only:
             if launch.rank() == 0:
@@ -33,7 +41,8 @@ def run(config: Config) -> RunResult:
                     run_dir(config),
                     config_yaml=dump(config),
                     config_hash=config_hash(config),
-                    on_existing=config.on_existing,
+                    on_existing=on_existing,
+                    job=job,
                 )
                 if stack.enter_context(held).outcome == "finished":
                     _refuse_changed_inputs(config)

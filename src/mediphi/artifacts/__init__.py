@@ -10,13 +10,20 @@ from mediphi.artifacts.files import (
 from mediphi.artifacts.lineage import check_data, named_parents, plain_folder, verified_parent
 from mediphi.artifacts.lock import locked
 from mediphi.artifacts.manifest import Parent, manifest_hash, publish, read_manifest, verify
-from mediphi.artifacts.runs import RunDirectory, open_run, read_config_hash
+from mediphi.artifacts.runs import (
+    RunDirectory,
+    is_run_of,
+    open_run,
+    read_config_hash,
+    refuse_taken,
+)
 
 __all__ = [
     "Parent",
     "RunDirectory",
     "check_data",
     "free_space",
+    "is_run_of",
     "locked",
     "manifest_hash",
     "named_parents",
@@ -26,6 +33,7 @@ __all__ = [
     "publish",
     "read_config_hash",
     "read_manifest",
+    "refuse_taken",
     "rename_folder",
     "room_for",
     "verified_parent",

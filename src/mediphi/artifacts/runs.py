@@ -18,7 +18,9 @@ DISCARDED = ".discarded-config.yaml"
 
 CHECKPOINTS = "checkpoints"
 HASH_LINE = "# config_hash: "
+JOB_LINE = "# job: "
 Outcome = Literal["fresh", "resume", "finished"]
+OnExisting = Literal["resume", "overwrite", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ def open_run(
     *,
     config_yaml: str,
     config_hash: str,
-    on_existing: Literal["resume", "overwrite", "refuse"],
+    on_existing: OnExisting,
+    job: str | None = None,
 ) -> Iterator[RunDirectory]:
     """Hold `path` for one run, until the block ends. In a distributed run: rank 0 only.
 
@@ -49,6 +52,7 @@ def open_run(
         config_yaml: the resolved config, kept as `config.yaml`.
         config_hash: of what decides the result; another one under the same name is refused.
         on_existing: what to do with an earlier attempt.
+        job: of a cluster, kept in `config.yaml`, so that it knows its own run when it comes back.
 
     A refusal (exit code 2) before the first checkpoint leaves no trace of a fresh directory.
 
@@ -67,7 +71,8 @@ def open_run(
             remove_litter(path)
             outcome = _outcome(path, config_hash, on_existing)
             if outcome != "finished":
-                write_atomic(path / CONFIG, f"{HASH_LINE}{config_hash}\n{config_yaml}")
+                whose = f"{JOB_LINE}{job}\n" if job else ""
+                write_atomic(path / CONFIG, f"{HASH_LINE}{config_hash}\n{whose}{config_yaml}")
             with _nothing_left_if_refused(path, outcome):
                 yield RunDirectory(path, outcome)
     finally:
@@ -82,10 +87,19 @@ def read_config_hash(path: Path) -> str:
     Raises:
         ArtifactError: its `config.yaml` was not written by `open_run`.
     """
-    first = (path / CONFIG).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    first = _lines(path)[0]
     if not first.startswith(HASH_LINE):
         raise ArtifactError(f"{path / CONFIG}: damaged: its first line is not {HASH_LINE!r}")
     return first.removeprefix(HASH_LINE)
+
+
+def is_run_of(path: Path, job: str) -> bool:
+    """Whether this job of a cluster was the last to work on the run in `path`."""
+    return (path / CONFIG).is_file() and _lines(path)[1:2] == [f"{JOB_LINE}{job}"]
+
+
+def _lines(path: Path) -> list[str]:
+    return (path / CONFIG).read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 @contextlib.contextmanager
@@ -98,25 +112,37 @@ def _nothing_left_if_refused(path: Path, outcome: Outcome) -> Iterator[None]:
         raise
 
 
-def _outcome(path: Path, config_hash: str, on_existing: str) -> Outcome:
-    others = [p for p in path.iterdir() if p.name != LOCK_NAME]
-    if not others:
-        return "fresh"
-    if (path / DISCARDED).is_file():  # a kill came while it was being emptied
-        _empty(path)
-        return "fresh"
+def refuse_taken(path: Path, *, config_hash: str, on_existing: OnExisting) -> None:
+    """Refuse a directory that `open_run` would refuse for what was asked for. Changes nothing.
+
+    Raises:
+        ArtifactError: it is foreign, of another config, or there although `refuse` was asked for.
+    """
+    if not _is_taken(path):
+        return
     if not (path / CONFIG).is_file():
         raise ArtifactError(f"{path}: holds files but no {CONFIG}: not a run directory")
     if on_existing == "refuse":
         raise ArtifactError(f"{path}: exists and on_existing=refuse; choose another name=")
-    if on_existing == "overwrite":
-        _empty(path)
-        return "fresh"
-    if (theirs := read_config_hash(path)) != config_hash:
+    if on_existing == "resume" and (theirs := read_config_hash(path)) != config_hash:
         raise ArtifactError(
             f"{path}: holds another experiment (config {theirs[:8]}, not {config_hash[:8]}); "
             "choose another name= or on_existing=overwrite"
         )
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether it holds a run; one that a kill left half emptied is none."""
+    if not path.is_dir() or (path / DISCARDED).is_file():
+        return False
+    return any(p.name != LOCK_NAME for p in path.iterdir())
+
+
+def _outcome(path: Path, config_hash: str, on_existing: OnExisting) -> Outcome:
+    refuse_taken(path, config_hash=config_hash, on_existing=on_existing)
+    if on_existing == "overwrite" or not _is_taken(path):
+        _empty(path)
+        return "fresh"
     if (path / MANIFEST).exists():
         try:
             verify(path)

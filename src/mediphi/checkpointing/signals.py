@@ -10,12 +10,13 @@ from lightning import Callback, LightningModule, Trainer
 
 from mediphi.checkpointing.periodic import PeriodicCheckpoint
 from mediphi.errors import Interrupted
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from mediphi.interruption import SIGNALS, give_back, hear_once
 
 
 class StopOnSignal(Callback):
     """Turns the first signal into a saved state and `Interrupted`; the second ends at once.
+
+    In a Slurm job a second SIGTERM is not heard, so that the state is saved whole.
 
     Lightning's own SIGTERM handler lets the program end with exit code 0. Ours is put over it
     while the training loop runs. Goes before `checkpoint` in the Trainer's list.
@@ -27,7 +28,7 @@ class StopOnSignal(Callback):
     def __init__(self, checkpoint: PeriodicCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.received: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,8 +52,9 @@ class StopOnSignal(Callback):
             self.checkpoint.stop = Interrupted(128 + number)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-        if self.received is not None:
+        if self.received is None:
+            self._restore()
+        else:  # the last save is still to come, and then `on_exception`
             self.checkpoint.stop = Interrupted(128 + self.received)
 
     def on_exception(
@@ -61,7 +63,9 @@ class StopOnSignal(Callback):
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        again = self.received is not None
+        hear_once(number)
+        if again:
             os._exit(128 + number)
         self.received = number
 
@@ -74,6 +78,5 @@ class StopOnSignal(Callback):
         return int(trainer.strategy.reduce(flag, reduce_op="max"))
 
     def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        give_back(self._previous)
         self._previous = {}

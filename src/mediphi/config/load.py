@@ -21,9 +21,12 @@ from mediphi.errors import ConfigError
 MAX_DEPTH = 32
 PLAIN = (DictConfig, ListConfig, str, int, float, bool, type(None))
 SECRET_VALUE = re.compile(
-    r"\$\{oc\.env:\w*(KEY|TOKEN|PASSWORD|SECRET)|://[^/@\s]+:[^/@\s]+@", re.IGNORECASE
+    r"\$\{oc\.env:\w*(KEY|TOKEN|PASSWORD|SECRET)|://[^/@\s]+:[^/@\s]+@"
+    r"|\b(export|setenv)\s+\w*(KEY|TOKEN|PASSWORD|PASSWD|SECRET)[=\s]",
+    re.IGNORECASE,
 )
-"""An environment secret or a password in an address, which would land in every copy of a config."""
+"""An environment secret, a password in an address or a shell line that sets one: they would land in
+every copy of a config."""
 
 
 def load(cfg: DictConfig) -> Config:

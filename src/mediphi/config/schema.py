@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mediphi.config.corpus import Corpus, RecordKind, RowSource
+from mediphi.config.slurm import Slurm
 from mediphi.config.stages import DpoStage, Stage
 from mediphi.config.strict import BrokenRule, Strict
 
@@ -68,7 +69,7 @@ class Hardware(Strict):
     devices: PositiveInt = 1
     """Processes per node; more than one starts them."""
     num_nodes: PositiveInt = 1
-    """More than one: start torchrun on every node."""
+    """More than one: Slurm starts them, or torchrun on every node."""
     strategy: Literal["auto", "ddp", "zero3", "fsdp2"] = "auto"
     """How processes share the work; auto: DDP, where each keeps the whole model. zero3 (DeepSpeed)
     and fsdp2 (PyTorch) split weights, gradients and moments."""
@@ -91,12 +92,16 @@ class Hardware(Strict):
     prefetch: NonNegativeInt = 2
     """Batches that a thread prepares ahead of training."""
     checkpoints: Checkpoints = Checkpoints()
+    slurm: Slurm | None = None
+    """null: run here; else the run becomes a job."""
 
     def broken_rules(self) -> Iterator[BrokenRule]:
         if self.accelerator == "cpu" and self.attention in ("flash", "varlen"):
             yield BrokenRule("attention", "accelerator=cpu has auto and sdpa; flash is for GPUs")
         if self.offload and self.strategy != "zero3":
             yield BrokenRule("offload", "only strategy=zero3 keeps its parts in main memory")
+        if self.slurm is not None and self.accelerator == "auto":
+            yield BrokenRule("accelerator", "a job says what it needs: gpu or cpu")
 
 
 class Logger(Strict):

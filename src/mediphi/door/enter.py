@@ -35,6 +35,8 @@ def one_line_errors(task: Callable[[Any], float | None]) -> Callable[[Any], floa
             _end(error)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        except BrokenPipeError:  # `| head`: `enter` ends it
+            raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _end(MachineError(f"{error.filename or 'disk'}: {error.strerror}"))

@@ -92,16 +92,16 @@ def run_sweep(sweep: Plan, *, num_jobs: int = 1, command: Command | None = None)
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
     stop = Stop(environment=_environment(num_jobs))
-    start = command or _this_program
+    start = command or this_program
     total = len(sweep.points)
 
     def job(item: tuple[int, Point]) -> Row:
         index, point = item
         begun = time.monotonic()
-        row = _run_point(point, sweep, index, start=start, stop=stop)
-        spent = f"{time.monotonic() - begun:.0f} s" if row.status != "skipped" else ""
-        print(f"[{index + 1}/{total}] {row.status} {point.label} {spent}", flush=True)
-        return row
+        outcome = _run_point(point, sweep, index, start=start, stop=stop)
+        spent = f"{time.monotonic() - begun:.0f} s" if outcome.status != "skipped" else ""
+        print(f"[{index + 1}/{total}] {outcome.status} {point.label} {spent}", flush=True)
+        return outcome
 
     print(f"sweep {sweep.name}: {total} points, logs in {sweep.folder}", flush=True)
     with locked(sweep.folder), stop.listening():
@@ -117,20 +117,26 @@ def run_sweep(sweep: Plan, *, num_jobs: int = 1, command: Command | None = None)
 
 
 def _run_point(point: Point, sweep: Plan, index: int, *, start: Command, stop: Stop) -> Row:
-    if point.config.on_existing == "resume" and _finished(point) and _same_inputs(point):
-        return _row(point, "skipped")
+    if is_done(point):
+        return row(point, "skipped")
     log = sweep.folder / f"{index:03d}.log"
     code = stop.run(start(point, sweep.name), log)
     if code is None or stop.signal_number is not None:
-        return _row(point, "stopped")
+        return row(point, "stopped")
     if code:
-        return _row(point, "failed", f"exit {code}: {_last_line(log)}")
+        return row(point, "failed", f"exit {code}: {_last_line(log)}")
     if not point.config.check_only and not _finished(point):
-        return _row(point, "failed", "ended without a manifest")
-    return _row(point, "done")
+        return row(point, "failed", "ended without a manifest")
+    return row(point, "done")
 
 
-def _row(point: Point, status: str, error: str = "") -> Row:
+def is_done(point: Point) -> bool:
+    """Whether a job of this point would only announce what is there."""
+    return point.config.on_existing == "resume" and _finished(point) and _same_inputs(point)
+
+
+def row(point: Point, status: str, error: str = "") -> Row:
+    """The point's line of the table."""
     folder = point.run_dir
     if status not in ("done", "skipped"):
         return Row(point.label, status, "", None, str(folder), error)
@@ -171,7 +177,7 @@ def _environment(num_jobs: int) -> dict[str, str]:
     return shared | os.environ
 
 
-def _this_program(point: Point, group: str) -> list[str]:
+def this_program(point: Point, group: str) -> list[str]:
     """The same program and config files, one point, all jobs in one W&B group."""
     grouped = [] if point.config.logger.group else [f"++logger.group={group}"]
     program = str(Path(sys.argv[0]).resolve())

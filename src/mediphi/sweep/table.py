@@ -15,7 +15,7 @@ HEADER = ("point", "status", "objective", "value", "heldout/loss", "run", "error
 
 
 class Row(NamedTuple):
-    """One point's outcome: `done`, `skipped`, `failed` or `stopped`."""
+    """One point's outcome: `done`, `skipped`, `queued`, `failed` or `stopped`."""
 
     label: str
     status: str
@@ -90,6 +90,7 @@ def show(rows: Sequence[Row]) -> None:
     from rich.text import Text
 
     colours = {"done": "green", "skipped": "cyan", "failed": "red", "stopped": "yellow"}
+    colours["queued"] = "blue"
     table = Table(*HEADER)
     for row in rows:
         table.add_row(*map(Text, row.cells()), style=colours[row.status])
