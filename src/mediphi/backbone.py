@@ -46,6 +46,7 @@ class BackboneSpec:
         revision: of a hub id.
         kernel: attention kernel.
         activation_checkpointing: recompute activations in backward.
+        compile: fuse what surrounds attention in a layer; without effect beside the former.
         loss_chunk_tokens: positions whose logits exist at a time.
         seed: of random weights, and of new adapters.
         lora: adapters to train in place of the weights.
@@ -56,6 +57,7 @@ class BackboneSpec:
     revision: str
     kernel: attention.Kernel
     activation_checkpointing: bool = False
+    compile: bool = False
     loss_chunk_tokens: int = 128
     seed: int = 0
     lora: Lora | None = None
@@ -153,7 +155,11 @@ def shapes_of(spec: BackboneSpec) -> PreTrainedModel:
 
 
 def prepare_training(model: Any, spec: BackboneSpec) -> None:
-    """All that a loaded model lacks for training: adapters, recomputed activations, train mode."""
+    """All that a loaded model lacks for training.
+
+    Adapters, recomputed activations, compiled layers, train mode. Layers compile in their first
+    step, for rows of any length.
+    """
     if spec.activation_checkpointing:
         _checkpoint_activations(model)
     # The end of text is also the padding token; we never pad, and PIT puts it between pieces, so
@@ -161,6 +167,9 @@ def prepare_training(model: Any, spec: BackboneSpec) -> None:
     model.get_input_embeddings().padding_idx = None
     if spec.lora is not None:
         add_adapters(model, spec.lora, seed=spec.seed)
+    if spec.compile:
+        for layer in model.get_decoder().layers:  # type: ignore[union-attr]
+            layer.compile(dynamic=True)
     model.train()
 
 
@@ -305,7 +314,8 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     try:
         last = model.config.max_position_embeddings - positions.shape[1]
         starts = (0, last)  # LongRoPE: short factors, long factors
-        rows = [model(ids, position_ids=positions + s, use_cache=False).logits for s in starts]
+        with torch.compiler.set_stance("force_eager"):
+            rows = [model(ids, position_ids=positions + s, use_cache=False).logits for s in starts]
         return torch.cat(rows).float()
     finally:
         model.set_attn_implementation(implementation)  # type: ignore[arg-type]

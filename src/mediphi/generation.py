@@ -83,6 +83,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[
 def _answering(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[None]:
     """Eval mode, attention that takes a padding mask, no gradients; then everything as it was.
 
+    Layers compiled for training run uncompiled: a cache that grows would compile them anew.
+
     The model's own generation config goes aside, too: `generate` would add what it says, such as a
     penalty on repetitions.
     """
@@ -91,7 +93,7 @@ def _answering(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[Non
     model.eval().set_attn_implementation("sdpa")
     model.generation_config = greedy
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.generation_config = own
