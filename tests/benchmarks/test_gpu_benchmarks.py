@@ -33,6 +33,13 @@ def options(load: Load, **changes: Any) -> Any:
     return toy._replace(**changes)
 
 
+def columns(results: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What the README will show of every line that tells no failure."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("results_table")
+    return set(module.COLUMNS[Path(results).stem].split()) - {"failure"}
+
+
 @pytest.mark.parametrize(
     ("script", "sides"),
     [
@@ -42,10 +49,13 @@ def options(load: Load, **changes: Any) -> Any:
     ],
 )
 def test_a_toy_run_proves_parity_and_gives_a_line_per_side(
-    load: Load, script: str, sides: set[str]
+    load: Load, script: str, sides: set[str], monkeypatch: pytest.MonkeyPatch
 ):
-    lines = list(load(script).figures(options(load)))
+    module = load(script)
+    lines = list(module.figures(options(load)))
     assert {line["side"] for line in lines} == sides
+    shown = columns(module.RESULTS, monkeypatch)
+    assert all(shown <= line.keys() for line in lines)
     for line in lines:
         assert line["figure"] and line["wall_ratio"] > 0 and "failure" not in line
         assert "parity" in line or line["same_answers"] == 1.0
@@ -124,7 +134,7 @@ def test_without_a_gpu_only_a_toy_run_starts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_step", "dpo_step"])
-def test_a_toy_run_of_processes_holds_parity_with_trl(script: str):
+def test_a_toy_run_of_processes_holds_parity_with_trl(script: str, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("trl")
     done = subprocess.run(
         [sys.executable, f"benchmarks/gpu/{script}.py", "--toy"],
@@ -136,6 +146,8 @@ def test_a_toy_run_of_processes_holds_parity_with_trl(script: str):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {"ours"} < {line["side"] for line in lines}
+    shown = columns(f"gpu_{script}.jsonl", monkeypatch)
+    assert all(shown <= line.keys() for line in lines)
     for line in lines:
         assert "failure" not in line and line["runs"] == 1 and line["loss_off"] < 1e-4
         assert line["timed_steps"] == 1 and line["mfu"] > 0
