@@ -67,6 +67,13 @@ class Meter:
         self.losses: list[float] = []
         self.wall = self.cpu = 0.0
         self.reference = Reference(0.0, 0.0, 0.0)
+        self.before_mib = resident_mib("VmRSS")
+
+    def peak_mib(self) -> float:
+        return resident_mib("VmHWM")
+
+    def release(self) -> None:
+        """Give back what the next side will need; on a CPU nothing."""
 
     def start(self) -> None:
         self.wall, self.cpu = time.perf_counter(), cpu_seconds()
@@ -134,24 +141,31 @@ def resident_mib(field: str) -> float:
     return int(status[status.index(f"{field}:") + 1]) / 1024
 
 
-def serve(make: Callable[[Path], Train], heldout: Callable[[Any], float]) -> None:
+def serve(
+    make: Callable[[Path], Train],
+    heldout: Callable[[Any], float],
+    *,
+    meters: Callable[[str], Meter] = lambda what: Meter(count_flops=what == "flops"),
+) -> None:
     """Train once per line on stdin (`time` or `flops`), answer with a `Run` per line.
 
     Args:
         make: prepares the side in a folder of its own.
         heldout: loss of a trained model, by the same code for all sides.
+        meters: makes the meter of a run of that kind.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     with tempfile.TemporaryDirectory() as name:
         work = make(Path(name))
         for line in sys.stdin:
-            meter, before = Meter(count_flops=line.strip() == "flops"), resident_mib("VmRSS")
+            meter = meters(line.strip())
             model = work(meter)
             counts = (meter.tokens, meter.positions, meter.pairs, meter.steps, meter.losses)
             measured = (meter.wall, meter.cpu, *counts, *meter.flops(), heldout(model))
-            run = Run(*measured, before, resident_mib("VmHWM"), meter.reference)
-            print(json.dumps(run), file=answers, flush=True)
+            run = Run(*measured, meter.before_mib, meter.peak_mib(), meter.reference)
             del model
+            meter.release()
+            print(json.dumps(run), file=answers, flush=True)
 
 
 class Side:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = RESULTS / "runs.jsonl"
-CONTEXT = ("python", "machine", "cpu", "cpu_count", "num_cpus", "data", "versions")
+CONTEXT = ("python", "machine", "device", "cpu", "cpu_count", "num_cpus", "data", "versions")
 """What the lines of a benchmark share; told once under the table."""
 COLUMNS = {
     "data_path": (
@@ -34,6 +34,19 @@ COLUMNS = {
         "precision peer wall_ratio wall_ratio_spread cpu_ratio flops_ratio memory_ratio "
         "with_reference_wall_ratio pairs_per_s_ours pairs_per_s_theirs "
         "peak_mib_above_start_ours peak_mib_above_start_theirs"
+    ),
+    "gpu_attention": ("data side ms share_of_peak peak_mib wall_ratio wall_ratio_spread failure"),
+    "gpu_dpo_step": (
+        "side pairs_per_s mfu peak_gib wall_ratio wall_ratio_spread reference_pass_s loss_off "
+        "failure"
+    ),
+    "gpu_generation": (
+        "side new_tokens_per_s share_of_floor peak_mib wall_ratio wall_ratio_spread same_answers "
+        "failure"
+    ),
+    "gpu_loss": "side ms share_of_peak peak_mib wall_ratio wall_ratio_spread",
+    "gpu_train_step": (
+        "data side tokens_per_s mfu peak_gib wall_ratio wall_ratio_spread loss_off failure"
     ),
     "near_duplicates": (
         "method documents recall precision documents_per_cpu_s cpu_ratio_to_mediphi "
@@ -172,7 +185,8 @@ def benchmarks(folder: Path = RESULTS) -> str:
     for path in sorted(folder.glob("*.jsonl")):
         lines = read_lines(path)
         if path != RUNS and lines:
-            parts.append(f"**`benchmarks/{path.stem}.py`**\n\n{_benchmark(path.stem, lines)}")
+            script = re.sub("^gpu_", "gpu/", path.stem)
+            parts.append(f"**`benchmarks/{script}.py`**\n\n{_benchmark(path.stem, lines)}")
     return "\n\n".join(parts) or "No benchmark is recorded yet."
 
 
@@ -186,7 +200,10 @@ def _benchmark(stem: str, lines: Sequence[Line]) -> str:
         markdown([_words(n) for n in columns], [[_cell(x[n]) for n in columns] for x in rows])
         for columns, rows in groups.items()
     ]
-    return "\n\n".join([*tables, _context(lines[0])])
+    context = dict(lines[0])
+    if "data" in COLUMNS.get(stem, "").split():  # another in each row
+        context.pop("data", None)
+    return "\n\n".join([*tables, _context(context)])
 
 
 def _flat(line: Line) -> Line:

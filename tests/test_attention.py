@@ -1,6 +1,6 @@
 """Packed rows equal separate documents, in logits and gradients, for every kernel."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from toy_store import sized_store
 
 from mediphi import attention
 from mediphi.batches import PreferenceBatch, TokenBatch
+from mediphi.blocks import Block, Blocks, length_blocks, shared_prompt_blocks
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import PlanSettings, TrainingPlan
 from mediphi.errors import UserError
@@ -117,7 +118,7 @@ def test_without_boundaries_packed_attention_refuses_to_run():
 
 def test_a_mask_is_refused_because_it_would_be_ignored():
     heads = torch.randn(1, 2, 5, 4)
-    blocks = attention.length_blocks(torch.tensor([0, 5], dtype=torch.int32))
+    blocks = length_blocks(torch.tensor([0, 5], dtype=torch.int32))
     mask = torch.ones(1, 1, 5, 5)
     with pytest.raises(ValueError, match="no attention mask"):
         attention.sdpa_attention(torch.nn.Identity(), heads, heads, heads, mask, blocks=blocks)
@@ -134,7 +135,7 @@ def test_a_mask_is_refused_because_it_would_be_ignored():
 def test_blocks_are_a_partition_of_the_row_with_bounded_padding(lengths: list[int], growth: float):
     ends = np.cumsum([0, *lengths])
     cu_seqlens = torch.from_numpy(ends.astype(np.int32))
-    blocks = attention.length_blocks(cu_seqlens, growth=growth)
+    blocks = length_blocks(cu_seqlens, growth=growth)
     places = torch.cat([block.rows.flatten()[block.real] for block in blocks])
     assert sorted(places.tolist()) == list(range(sum(lengths)))
     starts = set(ends[:-1].tolist())
@@ -152,7 +153,7 @@ def test_blocks_are_a_partition_of_the_row_with_bounded_padding(lengths: list[in
 
 
 def test_equal_lengths_make_one_block_without_padding():
-    (block,) = attention.length_blocks(torch.tensor([0, 7, 14, 21], dtype=torch.int32))
+    (block,) = length_blocks(torch.tensor([0, 7, 14, 21], dtype=torch.int32))
     assert block.rows.tolist() == [list(range(i, i + 7)) for i in (0, 7, 14)]
     assert len(block.real) == 21
 
@@ -372,7 +373,7 @@ def test_varlen_and_sdpa_share_prompts_alike(monkeypatch: pytest.MonkeyPatch, ke
     torch.testing.assert_close(got, expected, atol=0.15, rtol=0)
 
 
-def visible_by(blocks: list[attention.Block], tokens: int) -> Tensor:
+def visible_by(blocks: list[Block], tokens: int) -> Tensor:
     """Which token sees which, `[tokens, tokens]`, counted."""
     seen = torch.zeros(tokens, tokens, dtype=torch.long)
     for rows, real, keys, mask in blocks:
@@ -395,7 +396,7 @@ def visible_by(blocks: list[attention.Block], tokens: int) -> Tensor:
 def test_every_token_sees_its_own_past_once_and_padding_is_bounded(pairs: list[Any], growth: float):
     row = shared_row(pairs)
     tokens = row.input_ids.shape[1]
-    blocks = attention.shared_prompt_blocks(row.cu_parts, growth=growth)
+    blocks = shared_prompt_blocks(row.cu_parts, growth=growth)
     expected = torch.zeros(tokens, tokens, dtype=torch.long)
     for places in row.places:
         for i, place in enumerate(places):
@@ -443,10 +444,13 @@ def test_a_batch_of_pairs_brings_the_boundaries_of_its_layout(
     if shares:
         expected = attention.shared_prompt_boundaries(row.cu_parts, kernel)
     elif kernel == "sdpa":
-        expected = {"blocks": attention.length_blocks(row.cu_parts)}
+        expected = {"blocks": Blocks.of(length_blocks(row.cu_parts))}
     else:
         expected = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), row.cu_parts)
         expected |= dict.fromkeys(("max_length_q", "max_length_k"), 62)
+    if kernel == "sdpa":
+        got, expected = (asdict(options["blocks"]) for options in (got, expected))
+        assert got.pop("masks")[0] is expected.pop("masks")[0] is None
     torch.testing.assert_close(got, expected, atol=0, rtol=0)
 
 

@@ -99,16 +99,20 @@ def test_bfloat16_rotary_buffers_are_found_and_their_angles_are_wrong(architectu
     assert angle > 3  # radians; measured: 6.6
 
 
-def test_activation_checkpointing_changes_no_gradient(architecture: Path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_recomputed_layers_change_no_gradient(architecture: Path, count: int):
     from small_models import packed, random_documents
 
     from mediphi import attention
 
     batch = packed(random_documents([20, 11]))
 
-    def gradients(checkpointing: bool) -> list[torch.Tensor]:
-        model = build_model(spec(architecture, activation_checkpointing=checkpointing))
-        assert model.model.gradient_checkpointing == checkpointing
+    def gradients(recomputed: int) -> list[torch.Tensor]:
+        model = build_model(spec(architecture, recomputed_layers=recomputed))
+        layers = model.model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [
+            number < recomputed for number in range(len(layers))
+        ]
         model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -117,7 +121,7 @@ def test_activation_checkpointing_changes_no_gradient(architecture: Path):
         ).logits.square().sum().backward()
         return [p.grad for p in model.parameters()]
 
-    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+    for plain, recomputed in zip(gradients(0), gradients(count), strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 

@@ -15,13 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from mediphi import attention
 from mediphi.backbone import BackboneSpec, build_model
-from mediphi.budget import Budget, estimate
+from mediphi.budget import USABLE, Budget, _activations, estimate
 from mediphi.config import Config, load
 from mediphi.config.stages import SftStage
-from mediphi.engine import training_flops
+from mediphi.engine import Device, training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
+from mediphi.modules.causal_lm import hidden_states
 from mediphi.modules.losses import chunked_cross_entropy
+
+CPU = Device(type="cpu", name="test", precision="32-true", kernel="sdpa")
+H200 = Device(
+    "cuda", "H200", "bf16-mixed", "varlen", loss_chunk_tokens=2048, memory_bytes=150 * 10**9
+)
+H100 = replace(H200, name="H100", memory_bytes=85 * 10**9)
 
 
 def config(*overrides: str) -> Config:
@@ -29,7 +36,7 @@ def config(*overrides: str) -> Config:
 
 
 def test_phi35_mini_has_the_published_number_of_parameters():
-    budget = estimate(str(ASSETS / "phi35_mini"), config=config(), loss_chunk_tokens=2048)
+    budget = estimate(str(ASSETS / "phi35_mini"), config=config(), device=CPU)
     assert budget.num_parameters == 3_821_079_552
     # all but the embedding and 65 norms of 3072
     assert budget.num_matmul_parameters == 3_821_079_552 - 32064 * 3072 - 65 * 3072
@@ -38,7 +45,7 @@ def test_phi35_mini_has_the_published_number_of_parameters():
 
 def test_the_estimate_counts_what_a_real_model_has(tmp_path: Path):
     folder = write_small_folder(tmp_path / "model")
-    budget = estimate(str(folder), config=config(), loss_chunk_tokens=2048)
+    budget = estimate(str(folder), config=config(), device=CPU)
     model = AutoModelForCausalLM.from_config(budget.model_config)
     assert budget.num_parameters == sum(p.numel() for p in model.parameters())
     assert budget.weights_dtype == torch.float32
@@ -83,7 +90,7 @@ def test_flops_beside_adapters_are_what_torch_counts(tmp_path: Path, targets: st
     lora = ("stage.lora.rank=3", f"stage.lora.target_modules={targets}")
     chosen = load(composed("stage=sft", "corpus=mediflow", *lora))
     assert isinstance(chosen.stage, SftStage) and chosen.stage.lora is not None
-    budget = estimate(str(folder), config=chosen, loss_chunk_tokens=16)
+    budget = estimate(str(folder), config=chosen, device=CPU)
     model: Any = AutoModelForCausalLM.from_config(
         budget.model_config, attn_implementation="mediphi_sdpa"
     ).train()
@@ -126,19 +133,63 @@ MORE = [
 def test_what_costs_memory_is_estimated_to_cost_it(more: str, less: str):
     common = ("stage.global_batch=4", "hardware.micro_batch=1")
     large, small = (
-        estimate(
-            str(ASSETS / "tiny"), config=config(*common, change), loss_chunk_tokens=128
-        ).memory_bytes
+        estimate(str(ASSETS / "tiny"), config=config(*common, change), device=CPU).memory_bytes
         for change in (more, less)
     )
     assert large > small
 
 
+PHI = str(ASSETS / "phi35_mini")
+PLANS = [
+    (CPU, 4, 0),  # whose memory is not ours to plan
+    (H200, 2, 0),
+    (H200, 4, 9),
+    (H100, 1, 24),
+    (replace(H200, memory_bytes=60 * 10**9), 1, 32),  # too little for the weights
+]
+
+
+@pytest.mark.parametrize(("device", "rows", "layers"), PLANS)
+def test_no_more_layers_are_recomputed_than_the_memory_asks_for(
+    device: Device, rows: int, layers: int
+):
+    """Phi-3.5-mini with all parameters, rows of 4,096 tokens; one layer less would be too much."""
+
+    def plan(**changes: Any) -> Budget:
+        own = ("stage.max_length=4096", "stage.global_batch=4", f"hardware.micro_batch={rows}")
+        return estimate(PHI, config=config(*own), device=replace(device, **changes))
+
+    planned = plan()
+    assert planned.recomputed_layers == layers
+    if 0 < layers < 32:
+        assert planned.memory_bytes <= USABLE * device.memory_bytes
+        less = int(planned.memory_bytes / USABLE) - 1
+        assert plan(memory_bytes=less).recomputed_layers == layers + 1
+
+
+@pytest.mark.parametrize(("said", "layers"), [("true", 32), ("false", 0)])
+def test_the_config_has_the_last_word_on_recomputing(said: str, layers: int):
+    for device in (CPU, H200, H100):
+        chosen = config(f"hardware.activation_checkpointing={said}")
+        assert estimate(PHI, config=chosen, device=device).recomputed_layers == layers
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_eight_processes_that_split_the_model_keep_an_eighth_each(strategy: str):
+    options = ("hardware.devices=8", "hardware.micro_batch=1", "stage.global_batch=8")
+    whole, split = (
+        estimate(PHI, config=config(*options, f"hardware.strategy={own}"), device=H200)
+        for own in ("ddp", strategy)
+    )
+    state = 16 * whole.num_parameters + 2 * whole.num_matmul_parameters
+    buffers = 4 * whole.num_parameters
+    assert whole.recomputed_layers == split.recomputed_layers == 0
+    assert whole.memory_bytes - split.memory_bytes == state - state // 8 + buffers
+
+
 def test_phi35_minis_training_state_alone_fills_61_gigabytes():
     """float32 weights, gradients and two moments; one H200 holds them, one H100 does not."""
-    budget = estimate(
-        str(ASSETS / "phi35_mini"), config=config("hardware.micro_batch=1"), loss_chunk_tokens=2048
-    )
+    budget = estimate(PHI, config=config("hardware.micro_batch=1"), device=CPU)
     assert 61e9 < budget.memory_bytes < 141e9
     assert budget.disk_bytes > 3 * 12 * budget.num_parameters
 
@@ -158,29 +209,39 @@ def held_bytes(function: Any) -> int:
     return sum(kept.values())
 
 
-def test_the_activations_of_the_tiny_model_are_of_the_estimated_size():
-    """The activation part against what autograd really keeps for a full row."""
-    chosen = config("hardware.micro_batch=1", "stage.max_length=512")
-    budget = estimate(str(ASSETS / "tiny"), config=chosen, loss_chunk_tokens=128)
-    logits = 3 * 128 * 4096 * 4
-    estimated = budget.memory_bytes - 16 * budget.num_parameters - logits
-    model = AutoModelForCausalLM.from_config(
-        budget.model_config, attn_implementation="mediphi_sdpa"
-    ).train()
-    batch = packed(random_documents([200, 100, 150, 62]))
-    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    held = held_bytes(
-        lambda: (
-            model.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **attention.boundaries(batch, "sdpa"),
-            ).last_hidden_state
-        )
+def held_activations(*, recomputed: int, precision: str) -> int:
+    """Of 256 tokens more in the tiny model: what does not depend on the row's length falls away."""
+    spec = BackboneSpec(
+        str(ASSETS / "tiny"), "random", "main", "sdpa", recomputed_layers=recomputed
     )
-    activations = held - (weights - model.model.embed_tokens.weight.numel() * 8)
-    assert 0.8 < activations / estimated < 1.25  # measured: 1.04
+    model: Any = build_model(spec)
+
+    def run(lengths: list[int]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            return hidden_states(model, packed(random_documents(lengths)), "sdpa")
+
+    long, short = ([200, 100, 150, 62], [100, 50, 75, 31])
+    return held_bytes(lambda: run(long)) - held_bytes(lambda: run(short))
+
+
+def estimated_activations(*, recomputed: int, precision: str) -> int:
+    chosen = config("hardware.micro_batch=1", "stage.max_length=256")
+    device = replace(CPU, precision=precision)
+    budget = estimate(str(ASSETS / "tiny"), config=chosen, device=device)
+    return _activations(budget.model_config, chosen, device, recomputed=recomputed)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_activations_of_the_tiny_model_are_of_the_estimated_size(precision: str):
+    """Against what autograd really keeps; embedding and last norm are not in the estimate."""
+    plain: dict[str, Any] = {"recomputed": 0, "precision": precision}
+    held = held_activations(**plain)
+    assert 0.9 < held / estimated_activations(**plain) < 1.1  # measured: 1.02, 1.05
+    fewer = {**plain, "recomputed": 2}
+    saved = held - held_activations(**fewer)
+    one_back = estimated_activations(**plain) // 3  # of the layer whose turn it is in backward
+    estimated = estimated_activations(**plain) - estimated_activations(**fewer) + one_back
+    assert 0.9 < saved / estimated < 1.1  # measured: 0.99
 
 
 TINY = json.loads((ASSETS / "tiny" / "config.json").read_text())
@@ -201,7 +262,7 @@ def test_a_damaged_config_is_refused_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="no config can be loaded") as error:
-        estimate(str(tmp_path), config=config(), loss_chunk_tokens=2048)
+        estimate(str(tmp_path), config=config(), device=CPU)
     assert "\n" not in str(error.value)
     spec = BackboneSpec(str(tmp_path), init="random", revision="main", kernel="sdpa")
     with pytest.raises(UserError) as error:

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int, bf16: bool = True) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
+    properties = SimpleNamespace(total_memory=85_029_158_912)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
 
 
 # --- resolve
@@ -39,14 +42,14 @@ def test_without_a_gpu_everything_falls_back_to_the_cpu(monkeypatch: pytest.Monk
     pretend(monkeypatch, gpus=0)
     device = engine.resolve(Hardware())
     assert (device.type, device.kernel) == ("cpu", "sdpa")
-    assert device.precision in ("32-true", "bf16-mixed")
+    assert device.precision in ("32-true", "bf16-mixed") and device.memory_bytes is None
 
 
 def test_a_gpu_is_taken_unless_the_config_says_cpu(monkeypatch: pytest.MonkeyPatch):
     pretend(monkeypatch, gpus=2)
     device = engine.resolve(Hardware(devices=2))
     assert (device.type, device.precision) == ("cuda", "bf16-mixed")
-    assert device.kernel in ("flash", "varlen")
+    assert device.kernel in ("flash", "varlen") and device.memory_bytes == 85_029_158_912
     assert engine.resolve(Hardware(accelerator="cpu")).type == "cpu"
     assert engine.resolve(Hardware(precision="32-true")).precision == "32-true"
 

@@ -86,11 +86,25 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[list[int]], list
 MIXED = (5, 30, 17, 60, 70, 90, 52, 60, 3, 64, 65, 55, 100, 60, 53)
 
 
+@pytest.fixture
+def preallocating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of a GPU."""
+    monkeypatch.setitem(generation.PREALLOCATES, "cpu", True)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize("tokens_per_pass", [1, 300, 8192])
 def test_ids_of_a_batch_equal_those_without_batch_cache_and_padding(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, written, tokens_per_pass: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    written,
+    tokens_per_pass: int,
+    is_static: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Below the boundary, beyond it, and across it."""
+    """Below the boundary, beyond it, and across it; with both kinds of cache."""
+    if is_static:
+        request.getfixturevalue("preallocating")
     prompts = prompts_of(*MIXED)
     texts = answer(
         model, tokenizer, prompts, max_new_tokens=NEW, device=CPU, tokens_per_pass=tokens_per_pass

@@ -330,6 +330,25 @@ def test_an_unknown_benchmark_is_shown_whatever_its_fields(
     assert module.benchmarks(tmp_path / "none") == "No benchmark is recorded yet."
 
 
+def test_a_gpu_benchmark_is_shown_under_its_scripts_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("results_table", monkeypatch)
+    (tmp_path / "gpu_train_step.jsonl").write_text(
+        '{"data": "short", "side": "ours", "mfu": 0.5, "device": "H200", "torch": "2.11.0"}\n'
+        '{"data": "short", "side": "trl", "failure": "no room", "device": "H200"}\n'
+    )
+    text = module.benchmarks(tmp_path)
+    assert text.startswith("**`benchmarks/gpu/train_step.py`**")
+    assert "| short | ours | 0.5 |" in text and "| short | trl | no room |" in text
+    assert text.endswith("Measured with device H200, torch 2.11.0.")
+    assert all(
+        (ROOT / "benchmarks" / "gpu" / f"{own.removeprefix('gpu_')}.py").is_file()
+        for own in module.COLUMNS
+        if own.startswith("gpu_")
+    )
+
+
 def test_citation_and_hooks_are_readable_and_name_what_exists() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2505.10717"

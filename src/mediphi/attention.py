@@ -15,15 +15,16 @@ are one causal sequence as they lie; the rejected answer's queries look at the p
 their own.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from mediphi.batches import Batch, PreferenceBatch, send
+from mediphi.blocks import Blocks, length_blocks, pair_bounds, shared_prompt_blocks
 from mediphi.errors import UserError
 
 Kernel = Literal["flash", "varlen", "sdpa"]
@@ -38,25 +39,6 @@ IMPLEMENTATIONS: dict[Kernel, str] = {
 FLASH_SHARES_NOTHING = (
     "stage.share_prompt needs hardware.attention=varlen or sdpa, or set it to false"
 )
-
-
-class Block(NamedTuple):
-    """Sequences of similar length, padded to the longest of them.
-
-    `rows` and `keys` are indices into the packed row: whose outputs are wanted, and what they look
-    at. Padding repeats the row's token 0, which is harmless: it stands behind the real keys, where
-    no real query looks. `real` marks the `rows` that are not padding. Where queries and keys are
-    the same tokens `mask` is None and attention causal; elsewhere True marks what a query sees.
-    """
-
-    rows: Int64[Tensor, "sequences longest"]
-    real: Int64[Tensor, " real_positions"]
-    keys: Int64[Tensor, "sequences longest_keys"]
-    mask: Bool[Tensor, "sequences 1 longest longest_keys"] | None = None
-
-    def to(self, device: torch.device) -> "Block":
-        mask = None if self.mask is None else send(self.mask, device)
-        return Block(*(send(part, device) for part in self[:3]), mask=mask)
 
 
 def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False) -> Kernel:
@@ -112,13 +94,16 @@ def boundaries(batch: Batch, kernel: Kernel) -> dict[str, Any]:
             "max_length_k": batch.max_seqlen,
         }
     bounds = torch.tensor([0, *batch.lengths]).cumsum(0).int()
-    made = shared_prompt_boundaries(bounds, kernel) if shares else {"blocks": length_blocks(bounds)}
+    if shares:
+        made = shared_prompt_boundaries(bounds, kernel)
+    else:
+        made = {"blocks": Blocks.of(length_blocks(bounds))}
     return {name: _sent(value, batch.input_ids.device) for name, value in made.items()}
 
 
 def _sent(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return [block.to(device) for block in value]
+    if isinstance(value, Blocks):
+        return value.to(device)
     return send(value, device) if isinstance(value, Tensor) else value
 
 
@@ -138,9 +123,9 @@ def shared_prompt_boundaries(
     if kernel == "flash":
         raise UserError(FLASH_SHARES_NOTHING)
     if kernel == "sdpa":
-        return {"blocks": shared_prompt_blocks(cu_parts)}
+        return {"blocks": Blocks.of(shared_prompt_blocks(cu_parts))}
     keys = []
-    bounds = torch.stack(_pair_bounds(cu_parts), dim=1)
+    bounds = torch.stack(pair_bounds(cu_parts), dim=1)
     for prompt, chosen, rejected, end in bounds.tolist():
         answer = torch.arange(rejected, end)
         keys += [torch.arange(prompt, rejected), torch.cat([torch.arange(prompt, chosen), answer])]
@@ -153,79 +138,6 @@ def shared_prompt_boundaries(
         "max_length_k": int(lengths_k.max()),
         "kv_index": torch.cat(keys),
     }
-
-
-def _pair_bounds(cu_parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where prompt, chosen and rejected answer of each pair start and the pair ends, `[pairs]`."""
-    bounds = cu_parts.long()
-    return bounds[:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]
-
-
-def length_blocks(cu_seqlens: Tensor, *, growth: float = 1.15) -> list[Block]:
-    """Group sequences so that padding within a block stays below `growth`; on the CPU."""
-    bounds = cu_seqlens.long()
-    return _causal_blocks(bounds[:-1], bounds.diff(), growth)
-
-
-def shared_prompt_blocks(
-    cu_parts: Int32[Tensor, " parts_plus_1"], *, growth: float = 1.15
-) -> list[Block]:
-    """Prompts with their chosen answers as causal blocks, then the rejected answers; on the CPU.
-
-    Padding of queries and of keys within a block stays below `growth`.
-    """
-    prompts, chosen, rejected, ends = _pair_bounds(cu_parts)
-    blocks = _causal_blocks(prompts, rejected - prompts, growth)
-    prompt_lengths, lengths = chosen - prompts, ends - rejected
-    for group in _similar(lengths, growth):
-        for alike in _similar((prompt_lengths + lengths)[group], growth):
-            pairs = group[alike]
-            where = prompts[pairs], rejected[pairs]
-            blocks.append(_answer_block(*where, prompt_lengths[pairs], lengths[pairs]))
-    return blocks
-
-
-def _answer_block(
-    prompts: Int64[Tensor, " sequences"],
-    answers: Int64[Tensor, " sequences"],
-    prompt_lengths: Int64[Tensor, " sequences"],
-    lengths: Int64[Tensor, " sequences"],
-) -> Block:
-    """Answers as queries, over the keys of their prompts and their own."""
-    rows, real = _padded(answers, lengths)
-    before = prompt_lengths[:, None]
-    offsets = torch.arange(int((prompt_lengths + lengths).max()))
-    places = torch.where(offsets < before, prompts[:, None], answers[:, None] - before) + offsets
-    keys = torch.where(offsets < before + lengths[:, None], places, 0)
-    visible = offsets <= before[:, None] + torch.arange(rows.shape[1])[:, None]
-    return Block(rows, real, keys, mask=visible[:, None])
-
-
-def _causal_blocks(starts: Tensor, lengths: Tensor, growth: float) -> list[Block]:
-    blocks = []
-    for group in _similar(lengths, growth):
-        rows, real = _padded(starts[group], lengths[group])
-        blocks.append(Block(rows, real, keys=rows))
-    return blocks
-
-
-def _similar(lengths: Int64[Tensor, " n"], growth: float) -> list[Int64[Tensor, " group"]]:
-    """Indices of lengths that differ by less than `growth`, longest group first."""
-    order = torch.argsort(lengths, descending=True, stable=True)
-    lengths = lengths[order]
-    groups, first = [], 0
-    while first < len(lengths):
-        last = int((lengths * growth >= lengths[first]).sum())
-        groups.append(order[first:last])
-        first = last
-    return groups
-
-
-def _padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of sequences, `[sequences, longest]`, and which of them (flat) are no padding."""
-    offsets = torch.arange(int(lengths.max()))
-    real = offsets < lengths[:, None]
-    return torch.where(real, starts[:, None] + offsets, 0), real.flatten().nonzero().squeeze(1)
 
 
 def sdpa_attention(
@@ -244,45 +156,40 @@ def sdpa_attention(
     Raises:
         ValueError: called without `blocks` or with a mask (it would be ignored).
     """
-    blocks: list[Block] | None = kwargs.get("blocks")
+    blocks: Blocks | None = kwargs.get("blocks")
     if blocks is None or attention_mask is not None:
         raise ValueError("packed attention needs `blocks` and takes no attention mask")
-    _refuse_window(kwargs.get("sliding_window"), max(b.keys.shape[1] for b in blocks))
+    _refuse_window(kwargs.get("sliding_window"), max(shape[1] for shape in blocks.key_shapes))
     heads, head_dim = query.shape[1], query.shape[3]
-    queries, keys = [b.rows for b in blocks], [b.keys for b in blocks]
-    pieces = zip(_gather(query, queries), _gather(key, keys), _gather(value, keys), strict=True)
+    queries = _gather(query, blocks.rows, blocks.row_shapes)
+    keys, values = (_gather(x, blocks.keys, blocks.key_shapes) for x in (key, value))
     parts = []
-    for block, qkv in zip(blocks, pieces, strict=True):
+    for q, k, v, mask in zip(queries, keys, values, blocks.masks, strict=True):
         out = F.scaled_dot_product_attention(
-            *qkv,
-            attn_mask=block.mask,
-            is_causal=block.mask is None,
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scaling,
             dropout_p=dropout,
             enable_gqa=key.shape[1] != heads,
         )  # [sequences, heads, longest, head_dim]
         parts.append(out.transpose(1, 2).reshape(-1, heads, head_dim))
-    return torch.cat(parts)[_ways_back(blocks, query.shape[2])].unsqueeze(0), None
+    return torch.cat(parts)[blocks.ways_back].unsqueeze(0), None
 
 
-def _gather(x: Float[Tensor, "1 heads tokens head_dim"], places: list[Tensor]) -> list[Tensor]:
+def _gather(
+    x: Float[Tensor, "1 heads tokens head_dim"],
+    places: Int64[Tensor, " padded"],
+    shapes: list[torch.Size],
+) -> list[Tensor]:
     """For each block `[sequences, heads, longest, head_dim]`.
 
     One gather for all blocks: an index per block would cost its backward pass a row of zeros each.
     """
-    flat = x[0].transpose(0, 1)[torch.cat([p.flatten() for p in places])]
-    pieces = flat.split([p.numel() for p in places])
-    return [t.unflatten(0, p.shape).transpose(1, 2) for t, p in zip(pieces, places, strict=True)]
-
-
-def _ways_back(blocks: list[Block], tokens: int) -> Int64[Tensor, " tokens"]:
-    """Where each token of the packed row stands in the blocks, laid end to end."""
-    ways = torch.empty(tokens, dtype=torch.long, device=blocks[0].rows.device)
-    offset = 0
-    for block in blocks:
-        ways[block.rows.flatten()[block.real]] = block.real + offset
-        offset += block.rows.numel()
-    return ways
+    pieces = x[0].transpose(0, 1)[places].split([shape.numel() for shape in shapes])
+    return [t.unflatten(0, s).transpose(1, 2) for t, s in zip(pieces, shapes, strict=True)]
 
 
 def varlen_attention(
@@ -339,5 +246,6 @@ def _refuse_window(window: int | None, longest: int) -> None:
         )
 
 
-AttentionInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_attention)
-AttentionInterface.register(IMPLEMENTATIONS["varlen"], varlen_attention)
+# Other boundaries would compile the kernels anew, which are no slower uncompiled.
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], torch.compiler.disable(sdpa_attention))
+AttentionInterface.register(IMPLEMENTATIONS["varlen"], torch.compiler.disable(varlen_attention))

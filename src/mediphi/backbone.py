@@ -43,7 +43,8 @@ class BackboneSpec:
         init: `pretrained` reads weights, `random` draws them after `seed`.
         revision: of a hub id.
         kernel: attention kernel.
-        activation_checkpointing: recompute activations in backward.
+        recomputed_layers: the first layers, whose activations are recomputed in backward.
+        compile: fuse what surrounds attention in the other layers.
         loss_chunk_tokens: positions whose logits exist at a time.
         seed: of random weights, and of new adapters.
         lora: adapters to train in place of the weights.
@@ -53,7 +54,8 @@ class BackboneSpec:
     init: str
     revision: str
     kernel: attention.Kernel
-    activation_checkpointing: bool = False
+    recomputed_layers: int = 0
+    compile: bool = False
     loss_chunk_tokens: int = 128
     seed: int = 0
     lora: Lora | None = None
@@ -151,14 +153,21 @@ def shapes_of(spec: BackboneSpec) -> PreTrainedModel:
 
 
 def prepare_training(model: Any, spec: BackboneSpec) -> None:
-    """All that a loaded model lacks for training: adapters, recomputed activations, train mode."""
-    if spec.activation_checkpointing:
-        _checkpoint_activations(model)
+    """All that a loaded model lacks for training.
+
+    Adapters, recomputed activations, compiled layers, train mode. Layers compile in their first
+    step, for rows of any length.
+    """
+    recomputed, kept = _split_layers(model, spec.recomputed_layers)
+    if recomputed:
+        _checkpoint_activations(model, except_in=kept)
     # The end of text is also the padding token; we never pad, and PIT puts it between pieces, so
     # its embedding must learn. PyTorch gives a padding row no gradient.
     model.get_input_embeddings().padding_idx = None
     if spec.lora is not None:
         add_adapters(model, spec.lora, seed=spec.seed)
+    for layer in kept if spec.compile else []:
+        layer.compile(dynamic=True)
     model.train()
 
 
@@ -235,13 +244,20 @@ def original_positions(config: Any) -> int | None:
     return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def _split_layers(model: PreTrainedModel, count: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    layers = list(model.get_decoder().layers)  # type: ignore[union-attr,arg-type]
+    return layers[:count], layers[count:]
+
+
+def _checkpoint_activations(model: PreTrainedModel, *, except_in: list[nn.Module]) -> None:
     """Renamed in transformers 5.23."""
     renamed = hasattr(model, "activation_checkpointing_enable")
     enable = (
         model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False})
+    for layer in except_in:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def refuse_misfits(folder: str, faults: Mapping[str, Collection[str]]) -> None:

@@ -9,6 +9,7 @@ host until all queued work is done.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,5 +134,20 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _sent(batch: Any, device: torch.device | str) -> dict[str, Tensor]:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return {n: send(value, device) for n, value in values.items() if isinstance(value, Tensor)}
+    """All tensors of a batch; to a GPU beside what it computes, before which they are there."""
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if torch.device(device).type != "cuda":
+        return {name: send(tensor, device) for name, tensor in tensors.items()}
+    now, copies = torch.cuda.current_stream(device), _copy_stream(torch.device(device))
+    with torch.cuda.stream(copies):
+        sent = {name: send(tensor, device) for name, tensor in tensors.items()}
+    now.wait_stream(copies)
+    for tensor in sent.values():
+        tensor.record_stream(now)  # its memory is not given anew while `now` may read it
+    return sent
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -11,15 +11,19 @@ from mediphi.backbone import LOAD_ERRORS
 from mediphi.batches import Batch, PreferenceBatch
 from mediphi.config.schema import Config
 from mediphi.config.stages import ChatStage, DpoStage
-from mediphi.engine import training_flops
+from mediphi.engine import Device, training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
 
 BYTES_PER_TRAINED = 12
 """Gradient and AdamW's two moments, float32, besides the weight."""
 
-HIDDEN_KEPT, FFN_KEPT = 14, 3
-"""Activations that a layer keeps for backward, in hidden states and in feed-forward states."""
+KEPT_BYTES = {"32-true": (44, 16), "bf16-mixed": (30, 8)}
+"""What a layer keeps for backward of a token: bytes for each unit of its hidden state, and of its
+feed-forward state. Autocast leaves the residual stream and the norms in float32."""
+
+USABLE = 0.9
+"""Share of a GPU's memory that tensors may fill; the rest goes to kernels and gaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class Budget:
         weights_dtype: of the published weights.
         memory_bytes: estimated peak of one process.
         disk_bytes: run directory with checkpoints and model.
+        recomputed_layers: those whose activations are recomputed in backward.
     """
 
     model_config: Any
@@ -45,6 +50,7 @@ class Budget:
     weights_dtype: torch.dtype
     memory_bytes: int
     disk_bytes: int
+    recomputed_layers: int = 0
 
     def batch_flops(self, batch: Batch) -> float:
         """Operations of training on a batch, attention by the pairs it really computes.
@@ -74,10 +80,8 @@ class Budget:
         return body + per_head_parameter * self.num_head_parameters * num_targets
 
 
-def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
-    """Size up the model of a folder or hub id without its weights.
-
-    `loss_chunk_tokens`: positions whose logits exist at a time on the device.
+def estimate(folder: str, *, config: Config, device: Device) -> Budget:
+    """Size up the model of a folder or hub id without its weights, and plan the memory.
 
     Raises:
         UserError: no model config there.
@@ -100,6 +104,10 @@ def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
     num_adapter = _num_adapter_parameters(model, config)
     trained = num_adapter or num_parameters
     state = trained * 12  # weights and AdamW's two moments
+    counts = {"weights": num_parameters, "products": num_matmul, "trained": trained}
+    fixed = _parameter_bytes(config, device, **counts)
+    fixed += 3 * device.loss_chunk_tokens * model_config.vocab_size * 4
+    recomputed = _recomputed_layers(model_config, config, device, fixed=fixed)
     keep = config.hardware.checkpoints.keep
     return Budget(
         model_config=model_config,
@@ -108,11 +116,9 @@ def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
         num_head_parameters=model_config.vocab_size * model_config.hidden_size,
         num_adapter_parameters=num_adapter,
         weights_dtype=_dtype(model_config),
-        memory_bytes=num_parameters * 4 * _num_copies(config)
-        + trained * BYTES_PER_TRAINED
-        + _activations(model_config, config)
-        + 3 * loss_chunk_tokens * model_config.vocab_size * 4,
+        memory_bytes=fixed + _activations(model_config, config, device, recomputed=recomputed),
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
+        recomputed_layers=recomputed,
     )
 
 
@@ -120,7 +126,10 @@ def show_plan(budget: Budget, phases: Sequence[Any], *, free_bytes: int) -> None
     """Print what `check_only=true` asks for."""
     print(f"parameters  {budget.num_parameters:,}")
     show_phases(phases)
-    print(f"memory      about {budget.memory_bytes / 1e9:.2f} GB per process, besides Python's own")
+    print(
+        f"memory      about {budget.memory_bytes / 1e9:.2f} GB per process, besides Python's own; "
+        f"{budget.recomputed_layers} of {budget.model_config.num_hidden_layers} layers recomputed"
+    )
     print(
         f"disk        about {budget.disk_bytes / 1e9:.2f} GB in the run directory, "
         f"{free_bytes / 1e9:.2f} GB free"
@@ -162,14 +171,42 @@ def _dtype(model_config: Any) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _activations(model_config: Any, config: Config) -> int:
-    """Bytes of activations of one micro-batch."""
+def _parameter_bytes(
+    config: Config, device: Device, *, weights: int, products: int, trained: int
+) -> int:
+    """Weights, what autocast rounds of them once a pass, gradients and moments of one process."""
+    rounded = 2 * products if device.precision == "bf16-mixed" else 0
+    own = 4 * weights + rounded + BYTES_PER_TRAINED * trained
+    if config.hardware.strategy in ("zero3", "fsdp2"):
+        own //= config.world_size
+    elif config.world_size > 1:
+        own += 4 * trained  # DDP sends gradients from buffers of its own
+    return own + 4 * weights * (_num_copies(config) - 1)
+
+
+def _recomputed_layers(model_config: Any, config: Config, device: Device, *, fixed: int) -> int:
+    """As few as leave room beside the `fixed` bytes, unless the config says all or none."""
+    layers, wanted = model_config.num_hidden_layers, config.hardware.activation_checkpointing
+    if wanted is not None:
+        return layers if wanted else 0
+    if device.memory_bytes is None:
+        return 0
+    room = USABLE * device.memory_bytes - fixed
+    counts = (
+        n for n in range(layers) if _activations(model_config, config, device, recomputed=n) <= room
+    )
+    return next(counts, layers)
+
+
+def _activations(model_config: Any, config: Config, device: Device, *, recomputed: int) -> int:
+    """Bytes of activations of one micro-batch; of a recomputed layer only its input is kept."""
     tokens = config.hardware.micro_batch * config.stage.max_length
-    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
-    per_layer = tokens * (HIDDEN_KEPT * hidden + FFN_KEPT * model_config.intermediate_size) * 4
-    if config.hardware.activation_checkpointing:
-        return layers * tokens * hidden * 4 + per_layer
-    return layers * per_layer
+    hidden, per_hidden = model_config.hidden_size, KEPT_BYTES[device.precision]
+    per_layer = tokens * (per_hidden[0] * hidden + per_hidden[1] * model_config.intermediate_size)
+    kept = (model_config.num_hidden_layers - recomputed) * per_layer
+    if not recomputed:
+        return kept
+    return kept + recomputed * tokens * hidden * 4 + per_layer  # one at a time comes back
 
 
 def _reason(error: Exception) -> str:

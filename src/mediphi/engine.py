@@ -1,6 +1,7 @@
 """Hardware config -> Lightning Trainer. Speed and memory are decided here, never the result."""
 
 import atexit
+import json
 import os
 import time
 import warnings
@@ -45,13 +46,14 @@ LOSS_CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What `hardware` came down to on this machine."""
+    """What `hardware` came down to on this machine; `memory_bytes` of a GPU."""
 
     type: str
     name: str
     precision: str
     kernel: Kernel
     loss_chunk_tokens: int = 128
+    memory_bytes: int | None = None
 
 
 def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
@@ -70,12 +72,14 @@ def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
         )
     kind = "cuda" if on_gpu else "cpu"
     name = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()}-core CPU"
+    memory = torch.cuda.get_device_properties().total_memory if on_gpu else None
     return Device(
         type=kind,
         name=name,
         precision=_precision(hardware.precision, on_gpu),
         kernel=choose_kernel(hardware.attention, device_type=kind, shares_prompts=shares_prompts),
         loss_chunk_tokens=hardware.loss_chunk_tokens or LOSS_CHUNK_TOKENS[kind],
+        memory_bytes=memory,
     )
 
 
@@ -187,7 +191,7 @@ def failing_alone(hardware: Hardware) -> Iterator[None]:
         raise MachineError(
             f"out of device memory: lower hardware.micro_batch (it is {hardware.micro_batch}) or "
             "set hardware.activation_checkpointing=true "
-            f"(it is {str(hardware.activation_checkpointing).lower()})"
+            f"(it is {json.dumps(hardware.activation_checkpointing)})"
         ) from None
     except BaseException:
         atexit.unregister(dist.destroy_process_group)

@@ -6,13 +6,17 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, StaticCache
 
 from mediphi.backbone import STOP_TOKENS, BackboneSpec, build_model, eos_id, original_positions
 from mediphi.engine import Device
 from mediphi.errors import UserError
 
 Prompt = Sequence[int]
+
+PREALLOCATES = {"cuda": True, "cpu": False}
+"""Whether keys and values are written into a cache of full size; one that grows is copied for every
+token."""
 
 
 def answer(
@@ -28,7 +32,7 @@ def answer(
 
     Each answer is the one that its prompt would get alone, up to the rounding of another batch
     size: so exactly in float32 but for ties, nearly under bf16 autocast. Uses transformers' own
-    attention and cache. A model in training is left as it was; a `BackboneSpec` is built first.
+    attention and caches. A model in training is left as it was; a `BackboneSpec` is built first.
 
     Args:
         prompts: token ids of each, not empty.
@@ -54,6 +58,7 @@ def answer(
         eos_token_id=sorted(stops),
         pad_token_id=eos_id(tokenizer),
         use_cache=True,
+        disable_compile=True,  # it would compile the decoding step anew for every shape of a batch
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.precision == "bf16-mixed")
     batches = _batches(
@@ -83,6 +88,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[
 def _answering(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[None]:
     """Eval mode, attention that takes a padding mask, no gradients; then everything as it was.
 
+    Layers compiled for training run uncompiled: a cache that grows would compile them anew.
+
     The model's own generation config goes aside, too: `generate` would add what it says, such as a
     penalty on repetitions.
     """
@@ -91,7 +98,7 @@ def _answering(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[Non
     model.eval().set_attn_implementation("sdpa")
     model.generation_config = greedy
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.generation_config = own
@@ -107,9 +114,15 @@ def _generate(
     pads = [longest - len(prompt) for prompt in prompts]
     rows = [[greedy.pad_token_id] * n + list(p) for n, p in zip(pads, prompts, strict=True)]
     mask = torch.arange(longest) >= torch.tensor(pads)[:, None]
-    input_ids = torch.tensor(rows, device=model.device)
+    inputs: dict[str, Any] = {
+        "inputs": torch.tensor(rows, device=model.device),
+        "attention_mask": mask.long().to(model.device),
+    }
+    if PREALLOCATES[model.device.type]:
+        size = longest + greedy.max_new_tokens
+        inputs["past_key_values"] = StaticCache(config=model.config, max_cache_len=size)
     generate: Any = model.generate
-    out = generate(input_ids, attention_mask=mask.long().to(model.device), generation_config=greedy)
+    out = generate(**inputs, generation_config=greedy)
     return out[:, longest:].tolist()
 
 

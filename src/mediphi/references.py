@@ -181,7 +181,7 @@ def _module(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> DpoModule
     return DpoModule(
         objective=Objective(uses_reference=False),
         group_names={"source": ("",), "error": ("",), "task": ("",)},
-        backbone=replace(backbone, activation_checkpointing=False, lora=None),
+        backbone=replace(backbone, recomputed_layers=0, lora=None),
         phase=plan.phase,
         optimizer=run.config.stage.optimizer,
         num_steps=plan.num_steps,

@@ -90,7 +90,7 @@ def make_module(
     }
     names = data.group_names
     if isinstance(stage, DpoStage):
-        reference = replace(backbone, lora=None, activation_checkpointing=False)
+        reference = replace(backbone, lora=None, recomputed_layers=0)
         return dpo.DpoModule(
             objective=dpo.Objective(
                 loss=stage.loss,

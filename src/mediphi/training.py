@@ -87,7 +87,7 @@ def _set_up(config: Config) -> Training:
         parent, plain = verified_parent(Path(folder)), plain_folder(folder)
     parents = {} if parent is None else {"model": parent}
     tokenizer = load_tokenizer(folder, revision=config.model.revision)
-    budget = estimate(folder, config=config, loss_chunk_tokens=device.loss_chunk_tokens)
+    budget = estimate(folder, config=config, device=device)
     check_vocabulary(tokenizer, budget.model_config)
     data = prepare(config, tokenizer)
     if rank() == 0 and not config.check_only:
@@ -161,7 +161,8 @@ def _first_backbone(run: Training) -> BackboneSpec:
         init="pretrained" if model.is_pretrained else "random",
         revision=model.revision,
         kernel=run.device.kernel,
-        activation_checkpointing=run.config.hardware.activation_checkpointing,
+        recomputed_layers=run.budget.recomputed_layers,
+        compile=run.config.hardware.compile,
         loss_chunk_tokens=run.device.loss_chunk_tokens,
         lora=stage.lora if isinstance(stage, ChatStage) else None,
         seed=run.config.seed,
@@ -225,7 +226,7 @@ def _sit(
     backbone: BackboneSpec,
 ) -> list[list[Scored]]:
     """The scores at a moment, taken once; the row is logged before the file says that it is."""
-    backbone = replace(backbone, activation_checkpointing=False, lora=None)
+    backbone = replace(backbone, recomputed_layers=0, compile=False, lora=None)
     scores: list[list[Scored]] = [[] for _ in exams]
     for number, exam in enumerate(exams if rank() == 0 else []):
         path = run.folder / "exam" / f"{exam.metric}_{moment.replace(' ', '_')}.json"

@@ -135,6 +135,7 @@ ONE_PROBLEM = [
     (["~model.architecture"], "model.architecture: init=random needs"),
     (["corpus.task_outputs.generator=files"], "corpus.task_outputs.path: generator=files needs"),
     (["hardware.accelerator=cpu", "hardware.attention=flash"], "accelerator=cpu has auto"),
+    (["hardware.compile=true", "hardware.strategy=fsdp2"], "hardware.compile=true: strategy=fsdp2"),
     # Secrets, never echoed.
     (["+logger.api_key=canary"], "logger.api_key=***: unknown key"),
     (["logger.tags=['${oc.env:WANDB_API_KEY}']"], "holds a secret"),

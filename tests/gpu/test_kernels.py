@@ -1,14 +1,21 @@
 """All attention kernels give the same numbers on a CUDA device; `pytest -m gpu tests/gpu`."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import VOCAB, packed, random_documents, small_model
+from small_training import pair_settings, random_pairs
 from torch import Tensor
 
 from mediphi import attention
+from mediphi.batches import PreferenceBatch
+from mediphi.data.loader import PackedLoader
+from mediphi.data.plan import TrainingPlan
+from mediphi.modules.causal_lm import hidden_states
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,8 +70,8 @@ def test_every_kernel_is_near_float32_on_the_cpu(kernel: attention.Kernel, heads
     expected = exact(heads)
     for name, value in run(kernel, heads=heads).items():
         want = expected[name]
-        # bf16 products: 8 bits of mantissa over two layers; a wrong mask gives errors of order 1
-        assert (value.cpu() - want).norm() <= 0.06 * want.norm() + 1e-6, name
+        # bf16 autocast on a CPU: up to 0.09; without boundaries: at least 0.4
+        assert (value.cpu() - want).norm() <= 0.18 * want.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -99,28 +106,25 @@ PAIRS = [(133, 40, 17), (9, 2, 60), (1, 1, 1), (130, 41, 70)]
 """Lengths of prompt, chosen and rejected answer."""
 
 SHARING: list[attention.Kernel] = ["varlen", "sdpa"]
-PARTS = [n for pair in PAIRS for n in pair]
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> PreferenceBatch:
+    """All pairs in one row, each prompt once."""
+    store = random_pairs(tmp_path, PAIRS, vocab=VOCAB)
+    settings = pair_settings(capacity=512, global_batch=1)
+    (batch,) = PackedLoader(TrainingPlan(store, settings))
+    assert isinstance(batch, PreferenceBatch) and batch.shares_prompt
+    return batch
 
 
 def run_shared(
-    kernel: attention.Kernel, *, heads: int, device: str = "cuda", changed: int | None = None
+    batch: PreferenceBatch, kernel: attention.Kernel, *, heads: int, device: str = "cuda"
 ) -> dict[str, Tensor]:
-    """Hidden states of pairs with their prompts once, and all gradients."""
+    """Hidden states and all gradients, in bf16 autocast on a GPU, else in float32."""
     model = small_model(attention.IMPLEMENTATIONS[kernel], num_key_value_heads=heads, **SIZES)
-    model = model.to(device)
-    parts = random_documents(PARTS)
-    if changed is not None:
-        parts[changed] = (parts[changed] + 11) % VOCAB
-    starts = [start for p, _, _ in PAIRS for start in (0, p, p)]
-    positions = [torch.arange(n) + start for n, start in zip(PARTS, starts, strict=True)]
-    cu_parts = torch.tensor([0, *PARTS]).cumsum(0).int().to(device)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        hidden = model.get_decoder()(
-            input_ids=torch.cat(parts)[None].to(device),
-            position_ids=torch.cat(positions)[None].to(device),
-            use_cache=False,
-            **attention.shared_prompt_boundaries(cu_parts, kernel),
-        ).last_hidden_state[0]
+        hidden = hidden_states(model.to(device), batch.to(device), kernel)
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     (hidden.float() * weights.to(device)).sum().backward()
     grads: dict[str, Any] = {n: p.grad.cpu() for n, p in model.model.named_parameters()}
@@ -129,18 +133,25 @@ def run_shared(
 
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("kernel", SHARING)
-def test_shared_prompts_are_near_float32_on_the_cpu(kernel: attention.Kernel, heads: int):
+def test_shared_prompts_are_near_float32_on_the_cpu(
+    batch: PreferenceBatch, kernel: attention.Kernel, heads: int
+):
     """Which the CPU tests hold against separate sequences; causal masks end bottom right."""
-    expected = run_shared("sdpa", heads=heads, device="cpu")
-    for name, value in run_shared(kernel, heads=heads).items():
+    expected = run_shared(batch, "sdpa", heads=heads, device="cpu")
+    for name, value in run_shared(batch, kernel, heads=heads).items():
         want = expected[name]
         # bf16 on a CPU: up to 0.12; with causal masks that end top left: at least 0.5
         assert (value - want).norm() <= 0.25 * want.norm(), name
 
 
 @pytest.mark.parametrize("kernel", SHARING)
-def test_no_answer_sees_the_other(kernel: attention.Kernel):
-    before, after = (run_shared(kernel, heads=2, changed=c)["hidden"] for c in (None, 4))
-    shift = [float(s.max()) for s in (before - after).abs().amax(-1).split(PARTS)]
+def test_no_answer_sees_the_other(batch: PreferenceBatch, kernel: attention.Kernel):
+    """The second pair's chosen answer changes."""
+    start, end = (int(batch.cu_seqlens[place]) for place in (4, 5))
+    changed = batch.input_ids.clone()
+    changed[0, start:end] = (changed[0, start:end] + 11) % VOCAB
+    batches = (batch, replace(batch, input_ids=changed))
+    before, after = (run_shared(own, kernel, heads=2)["hidden"] for own in batches)
+    shift = [float(s.max()) for s in (before - after).abs().amax(-1).split(batch.lengths)]
     assert shift.pop(4) > 0.1
     assert max(shift) == 0.0

@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PRETRAINED: dict[str, Any] = {"init": "pretrained"}
 CASES: dict[str, dict[str, Any]] = {
-    "sgd": {"spec": {"activation_checkpointing": True}},
+    "sgd": {"spec": {"recomputed_layers": 99}},
     "tied": {"model": "tied", "spec": PRETRAINED, "clip": 0.5},
     "lora": {"spec": {**PRETRAINED, "lora": Lora(rank=4)}, "sgd": False, "clip": 0.5},
     "dpo": {"spec": PRETRAINED, "sgd": False, "clip": 0.5, "make": make_dpo_module},

@@ -81,8 +81,11 @@ class Hardware(Strict):
     """Packed rows per device and forward pass."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """auto: the fastest kernel that is there."""
-    activation_checkpointing: bool = False
-    """Recompute activations in backward: less memory, slower."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in backward: less memory, slower. null: those of as many layers as the
+    GPU's memory asks for, on a CPU of none."""
+    compile: bool = False
+    """Let torch.compile fuse what surrounds attention; the first step takes a minute longer."""
     loss_chunk_tokens: PositiveInt | None = None
     """Positions whose logits exist at a time; null: 2048 on a GPU, 128 on a CPU."""
     num_threads: PositiveInt | None = None
@@ -98,6 +101,8 @@ class Hardware(Strict):
     def broken_rules(self) -> Iterator[BrokenRule]:
         if self.accelerator == "cpu" and self.attention in ("flash", "varlen"):
             yield BrokenRule("attention", "accelerator=cpu has auto and sdpa; flash is for GPUs")
+        if self.compile and self.strategy in ("zero3", "fsdp2"):
+            yield BrokenRule("compile", f"strategy={self.strategy} cannot; auto and ddp can")
         if self.offload and self.strategy != "zero3":
             yield BrokenRule("offload", "only strategy=zero3 keeps its parts in main memory")
         if self.slurm is not None and self.accelerator == "auto":

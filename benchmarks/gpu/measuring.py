@@ -1,0 +1,336 @@
+"""What the GPU benchmarks share: model and data of Phi-3.5-mini's shapes, clocks, turns, lines.
+
+They run on one CUDA device. `--toy` runs the same code on the tiny model, on a CPU where there is
+no GPU: correctness only, nothing is written.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+sys.path.append(str(Path(__file__).parents[1]))  # the CPU benchmarks
+
+import sides
+
+PHI = sides.ROOT / "assets" / "models" / "phi35_mini"
+PACKAGES = (*sides.PACKAGES, "triton", "flash_attn", "liger_kernel")
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def random_model(folder: str, *, implementation: str = "sdpa", seed: int = 0) -> Any:
+    """Float32 weights drawn on the device itself: the same for the same seed, in train mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import mediphi.attention  # noqa: F401  registers its kernels
+
+    torch.manual_seed(seed)
+    with torch.device(device()):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder),
+            attn_implementation=implementation,
+            dtype=torch.float32,
+        )
+    return model.train()
+
+
+def random_ids(lengths: Sequence[int], *, vocab: int = 4000, seed: int = 0) -> list[list[int]]:
+    """Tokens without any control token among them."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab, n).tolist() for n in lengths]
+
+
+def random_lengths(count: int, *, median: int, longest: int, seed: int = 0) -> list[int]:
+    """Log-normal with a sigma of 0.8: many short documents and a few long ones."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    drawn = np.exp(rng.normal(np.log(median), 0.8, count))
+    return drawn.astype(int).clip(max(2, median // 20), longest).tolist()
+
+
+# ---------------------------------------------------------------------------------- one process
+class Cost(NamedTuple):
+    """Seconds of a call, MiB of device memory that it allocates on top of what is there."""
+
+    seconds: float
+    mib: float
+
+
+def cost(call: Callable[[], Any], *, repeat: int) -> Cost:
+    """Mean seconds of `repeat` calls after one that warms up, and the peak of one.
+
+    The host only waits at the end, as in training.
+    """
+    import torch
+
+    call()
+    synchronize()
+    on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    synchronize()
+    seconds = (time.perf_counter() - start) / repeat
+    return Cost(seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else 0.0)
+
+
+def in_turns(
+    calls: dict[str, Callable[[], Any]], *, toy: bool, repeat: int = 10
+) -> dict[str, list[Cost]]:
+    """Costs of every call: once if `toy`, else five times in turns A-B-C, C-B-A."""
+    found: dict[str, list[Cost]] = {name: [] for name in calls}
+    for turn in range(1 if toy else 5):
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            found[name].append(cost(calls[name], repeat=1 if toy else repeat))
+    return found
+
+
+def seconds_ratio(ours: Sequence[Cost], peer: Sequence[Cost]) -> dict[str, Any]:
+    """Peer over ours: the median of paired runs with their spread."""
+    return sides.ratio(ours, peer, lambda one: one.seconds, name="wall")  # type: ignore[arg-type]
+
+
+def median_ms(costs: Sequence[Cost]) -> float:
+    return round(1e3 * median(one.seconds for one in costs), 3)
+
+
+# ---------------------------------------------------------------------------------- processes
+class DeviceMeter(sides.Meter):
+    """Clocks that wait for the device, and its allocator's peak instead of resident memory.
+
+    Args:
+        what: `parity`, one optimizer step on the first documents; `time`, all of them.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.step_losses: list[Any] = []
+        if device() == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self.before_mib = torch.cuda.memory_allocated() / 2**20
+
+    def apart(self) -> "DeviceMeter":
+        return DeviceMeter(self.what)
+
+    def start(self) -> None:
+        synchronize()
+        super().start()
+
+    def stop(self) -> None:
+        synchronize()
+        super().stop()
+        self.losses = [float(loss) for loss in self.step_losses]
+
+    def peak_mib(self) -> float:
+        if device() == "cpu":
+            return super().peak_mib()
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def release(self) -> None:
+        gc.collect()  # trainers and modules know one another
+        if device() == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+class Turns(NamedTuple):
+    """Of a side: its first run, whose loss is compared, and the timed ones; or why it failed."""
+
+    parity: sides.Run | None
+    runs: list[sides.Run]
+    failure: str | None = None
+
+
+def processes_in_turns(
+    names: Iterable[str], script: str, task: Sequence[Any], *, toy: bool, minutes: float
+) -> dict[str, Turns]:
+    """Sides in processes of their own that stay alive, A-B-C, C-B-A: at most five timed rounds.
+
+    No round begins that would end after `minutes`. A side that fails, for want of memory say, is
+    told in its line and keeps no other from running.
+    """
+    import tempfile
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        task_file = Path(folder) / "task.json"
+        task_file.write_text(json.dumps(task))
+        workers = {name: sides.Side(name, script, task_file, threads=4) for name in names}
+        found = {name: _first(worker) for name, worker in workers.items()}
+        longest = 0.0
+        for number in range(1 if toy else 5):
+            begun = time.monotonic()
+            if number and begun - started + 1.2 * longest > 60 * minutes:
+                break
+            for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
+                if found[name].failure is None:
+                    found[name] = _timed(workers[name], found[name])
+            longest = max(longest, time.monotonic() - begun)
+        for name, worker in workers.items():
+            if found[name].failure is None:
+                worker.end()
+    if (failure := found["ours"].failure) is not None:
+        raise SystemExit(f"ours: {failure}")
+    return found
+
+
+def _first(worker: sides.Side) -> Turns:
+    try:
+        return Turns(worker.run("parity"), [])
+    except SystemExit as error:
+        return Turns(None, [], str(error)[-600:])
+
+
+def _timed(worker: sides.Side, so_far: Turns) -> Turns:
+    try:
+        return so_far._replace(runs=[*so_far.runs, worker.run("time")])
+    except SystemExit as error:
+        return Turns(so_far.parity, [], str(error)[-600:])
+
+
+def run_ratio(ours: Turns, peer: Turns, costs: Callable[[sides.Run], float]) -> dict[str, Any]:
+    """Peer over ours, paired as far as both have run; nothing where one has not."""
+    both = list(zip(ours.runs, peer.runs, strict=False))
+    if not both:
+        return {}
+    left, right = zip(*both, strict=True)
+    return sides.ratio(left, right, costs, name="wall")
+
+
+# ---------------------------------------------------------------------------------- lines
+def environment() -> dict[str, Any]:
+    """Versions, the GPU's name, the rate that MFU divides by."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = {package: _version(package) for package in PACKAGES}
+    return {
+        "versions": {package: found for package, found in versions.items() if found},
+        "cuda": torch.version.cuda,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "device": name,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def peak_flops() -> float:
+    """FLOP/s of the data sheet, or of a matrix product here where the device is unknown."""
+    from mediphi import engine
+    from mediphi.config.schema import Hardware
+
+    return engine.peak_flops(engine.resolve(Hardware()))
+
+
+def device_bandwidth(mib: int) -> float:
+    """Bytes a second of a copy within the device's memory, read and written."""
+    import torch
+
+    source = torch.rand(mib * 2**18, device=device())
+    copy = torch.empty_like(source)
+    seconds = cost(partial(copy.copy_, source), repeat=5).seconds
+    return 2 * source.numel() * 4 / seconds
+
+
+class Options(NamedTuple):
+    """Of a benchmark's command line."""
+
+    toy: bool
+    folder: str
+    minutes: float
+    rows: int
+    only: tuple[str, ...]
+
+
+Figures = Callable[[Options], Iterable[dict[str, Any]]]
+
+
+def run_benchmark(figures: Figures, *, doc: str | None, results: str) -> None:
+    """Print the lines; unless it is a toy run, keep them in place of older ones of like name."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--toy", action="store_true", help="correctness only, writes nothing")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no round begins after them")
+    parser.add_argument("--rows", type=int, default=2, help="packed rows per forward pass")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of figures")
+    arguments = parser.parse_args()
+    if not arguments.toy and device() == "cpu":
+        parser.error("no CUDA device: only --toy runs here")
+    folder = sides.TINY if arguments.toy else PHI
+    options = Options(
+        arguments.toy, str(folder), arguments.minutes, arguments.rows, tuple(arguments.only)
+    )
+    lines = []
+    for figure in figures(options):
+        line = {**figure, **environment()}
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+    if not arguments.toy:
+        _keep(lines, sides.RESULTS / results)
+
+
+def _keep(lines: list[dict[str, Any]], path: Path) -> None:
+    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return line["figure"], line.get("data"), line["side"], line["device"]
+
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    new = {key(line) for line in lines}
+    kept = [line for line in map(json.loads, known) if key(line) not in new]
+    text = "\n".join(json.dumps(line) for line in [*kept, *lines])
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def sides_here(names: Iterable[str], options: Options) -> list[str]:
+    """Ours, and those that `--only` asks for and whose libraries are there."""
+    needs = {"trl": "trl", "liger": "liger_kernel", "compiled": "triton"}
+    found = []
+    for name in names:
+        there = all(installed(p) for part, p in needs.items() if part in name)
+        is_asked_for = not options.only or any(part in name for part in options.only)
+        on_cpu = device() == "cpu" and ("liger" in name or "compiled" in name)
+        if name == "ours" or (there and is_asked_for and not on_cpu):
+            found.append(name)
+    return found
