@@ -8,6 +8,7 @@ from mediphi.announcement import announce
 from mediphi.artifacts import check_data, named_parents, open_run, plain_folder
 from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
+from mediphi.config.stages import DoctorStage
 from mediphi.data.fingerprint import fingerprint
 from mediphi.errors import DataError
 from mediphi.interruption import interruptible
@@ -21,6 +22,8 @@ def run(config: Config) -> RunResult:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal came.
     """
+    if isinstance(config.stage, DoctorStage):
+        return _doctor(config)
     looks_finished = (
         config.on_existing == "resume" and (run_dir(config) / "manifest.json").is_file()
     )
@@ -44,6 +47,14 @@ def run(config: Config) -> RunResult:
         from mediphi import training
 
         return training.train(config)
+
+
+def _doctor(config: Config) -> RunResult:
+    """In one process, whatever the devices; nothing it writes is read by another stage."""
+    from mediphi.doctor import check_up
+
+    with interruptible():
+        return check_up(config)
 
 
 def _refuse_changed_inputs(config: Config) -> None:

@@ -10,7 +10,7 @@ from composing import ROOT, loader, report
 
 from mediphi.sweep import expand, plan
 
-NUM_CONF_FILES = 45
+NUM_CONF_FILES = 46
 NUM_SWEEP_FILES = 3
 REGENERATE = "python scripts/golden_configs.py"
 
