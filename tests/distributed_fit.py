@@ -11,8 +11,8 @@ from lightning import Callback
 from small_training import fit, unequal_store
 
 from mediphi.config.schema import Hardware
-from mediphi.engine import join_processes
 from mediphi.launch import rank
+from mediphi.process_group import join_processes
 
 
 class SaveMeters(Callback):

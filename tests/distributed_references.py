@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from small_runs import first_backbone, set_up
 
-from mediphi import engine
 from mediphi.config.schema import Hardware
+from mediphi.process_group import join_processes
 from mediphi.references import bring_references
 
 
@@ -20,7 +20,7 @@ def bring(rank: int, port: int, *, folder: Path, model: Path, out: Path) -> None
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     place |= {"GROUP_RANK": 0, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
-    engine.join_processes(Hardware(accelerator="cpu", devices=2))
+    join_processes(Hardware(accelerator="cpu", devices=2))
     run = set_up(folder, "dpo", "hardware.devices=2", model=model)
     plan = run.phases[0]
     bring_references(run, plan, first_backbone(run))

@@ -18,6 +18,7 @@ from mediphi.config import Config, load
 from mediphi.config.schema import Hardware
 from mediphi.errors import Interrupted, MachineError, UserError
 from mediphi.interruption import interruptible
+from mediphi.process_group import join_processes
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +153,7 @@ def test_threads_are_limited_only_when_asked():
 
 
 def test_alone_there_is_nothing_to_join_or_wait_for():
-    engine.join_processes(Hardware())
+    join_processes(Hardware())
     engine.wait_for_all()
     assert not torch.distributed.is_initialized()
 

@@ -106,19 +106,19 @@ def test_unreachable_wandb_is_one_warning(
 def test_online_only_when_logged_in(
     environment: dict[str, str], mode: str, no_account: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mediphi.tracking.wandb_log import _mode
+    from mediphi.tracking.wandb_log import wandb_mode
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert _mode() == mode
+    assert wandb_mode() == mode
 
 
 @pytest.mark.parametrize(("host", "mode"), [("api.wandb.ai", "online"), ("example.org", "offline")])
 def test_netrc_counts_as_logged_in(
     host: str, mode: str, tmp_path: Path, no_account: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mediphi.tracking.wandb_log import _mode
+    from mediphi.tracking.wandb_log import wandb_mode
 
     (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert _mode() == mode
+    assert wandb_mode() == mode

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mediphi import hub
 from mediphi.backbone import LOAD_ERRORS
 from mediphi.batches import Batch, PreferenceBatch
 from mediphi.config.schema import Config
@@ -88,7 +89,10 @@ def estimate(folder: str, *, config: Config, device: Device) -> Budget:
     """
     try:
         model_config = AutoConfig.from_pretrained(
-            folder, revision=config.model.revision, trust_remote_code=False
+            folder,
+            revision=config.model.revision,
+            trust_remote_code=False,
+            local_files_only=not hub.reachable(folder),
         )
     except LOAD_ERRORS as error:
         reason = _reason(error)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +22,11 @@ from lightning.pytorch.strategies import Strategy
 from mediphi.attention import Kernel, choose_kernel
 from mediphi.config.schema import Hardware
 from mediphi.errors import MachineError, UserError
+from mediphi.process_group import is_one_of_several
 from mediphi.strategies.whole import Ddp, OneDevice
 
 Value = TypeVar("Value")
 
-LONGEST_WAIT = timedelta(days=7)
-"""Ranks wait for rank 0 while it tokenises or asks the quiz; the launcher sees who dies."""
 BF16_PEAK_FLOPS = {
     # Vendors' data sheets, dense bf16.
     "H200": 989e12,
@@ -106,7 +104,7 @@ def make_trainer(
         # Not guessed: Lightning would take a Slurm allocation around us for the starter.
         plugins=[
             checkpoint_io,
-            TorchElasticEnvironment() if _is_one_of_several() else LightningEnvironment(),
+            TorchElasticEnvironment() if is_one_of_several() else LightningEnvironment(),
         ],
         callbacks=callbacks,
         logger=loggers,
@@ -144,37 +142,6 @@ def make_strategy(hardware: Hardware, device: Device) -> Strategy:
     # Its successor `forward_sync_buffers` is not in every torch that we allow.
     warnings.filterwarnings("ignore", r".*`broadcast_buffers` is deprecated", FutureWarning)
     return Ddp()
-
-
-def _is_one_of_several() -> bool:
-    return "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
-
-
-def join_processes(hardware: Hardware) -> None:
-    """Join the process group of all ranks, so that they can wait for one another."""
-    if not _is_one_of_several() or dist.is_initialized():
-        return
-    on_gpu = torch.cuda.is_available() and hardware.accelerator != "cpu"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=_store(),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=LONGEST_WAIT,
-    )
-    atexit.register(dist.destroy_process_group)
-
-
-def _store() -> dist.Store:
-    """Where ranks find one another.
-
-    torchrun keeps one over its restarts, without telling them apart: a rank would read where
-    another listened before it was killed, and wait there for ever.
-    """
-    store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
-    return dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

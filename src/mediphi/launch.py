@@ -93,19 +93,8 @@ class Workers:
     def __enter__(self) -> "Workers":
         signals = (signal.SIGTERM, signal.SIGINT)
         self._before = {number: signal.signal(number, self._pass_on) for number in signals}
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.count))}
-        ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        ours |= {"WORLD_SIZE": str(self.count), "LOCAL_WORLD_SIZE": str(self.count)}
-        for number in range(self.count):
-            mine = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, *sys.argv],
-                    env=threads | os.environ | ours | mine,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-                )
-            )
+        for environment in rank_environments(self.count):
+            self.processes.append(start_rank([sys.executable, *sys.argv], environment))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,6 +127,29 @@ class Workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
+
+
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """What the ranks of one machine find in their environment."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ours |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = ({"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(count))
+    return [threads | os.environ | ours | mine for mine in ranks]
+
+
+def start_rank(
+    command: list[str], environment: dict[str, str], *, output: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that dies with this one; `output` as of `Popen`."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        stdout=output,
+        stderr=output,
+    )
 
 
 @contextlib.contextmanager

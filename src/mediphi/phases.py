@@ -105,13 +105,13 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
     """Decide which tokens every optimizer step of the stage holds."""
     plans: list[PhasePlan] = []
     first_step = 0
-    for name, phase, kinds, layout, learnt in phases_of(config.stage):
+    for name, phase, kinds, layout, learnt in phases_of(config.training):
         settings = PlanSettings(
             kinds=kinds,
             layout=layout,
             learnt=learnt,
             capacity=config.stage.max_length,
-            global_batch=config.stage.global_batch,
+            global_batch=config.training.global_batch,
             micro_batch=config.hardware.micro_batch,
             world_size=config.world_size,
             epochs=phase.epochs,
@@ -124,12 +124,13 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
             data.train,
             heldout=data.heldout,
             settings=settings,
-            max_heldout_rows=config.stage.eval_max_rows,
+            max_heldout_rows=config.training.eval_max_rows,
             prefetch=config.hardware.prefetch,
         )
         try:
-            _refuse_long_warmup(phase_key(config.stage, name), phase, module.train_plan.num_steps)
-            _judge_too_long(config.stage, module)
+            key = phase_key(config.training, name)
+            _refuse_long_warmup(key, phase, module.train_plan.num_steps)
+            _judge_too_long(config.training, module)
         except DataError as error:
             raise DataError(f"corpus {config.corpus.name!r}: {error}") from None
         plans.append(PhasePlan(name, phase, module, first_step))
@@ -180,7 +181,7 @@ def fit_phase(run: Training, plan: PhasePlan, *, backbone: BackboneSpec, loggers
     )
     L.seed_everything(config.seed, verbose=False)
     module = make_module(config, plan.phase, data=plan.data, backbone=backbone)
-    every = min(config.stage.eval_every_steps, steps.num_steps)
+    every = min(config.training.eval_every_steps, steps.num_steps)
     has_heldout = plan.data.heldout_plan is not None
     trainer = engine.make_trainer(
         config.hardware,
@@ -191,7 +192,7 @@ def fit_phase(run: Training, plan: PhasePlan, *, backbone: BackboneSpec, loggers
         loop={
             "max_steps": steps.num_steps,
             "accumulate_grad_batches": steps.accumulate,
-            "gradient_clip_val": config.stage.optimizer.max_grad_norm,
+            "gradient_clip_val": config.training.optimizer.max_grad_norm,
             "val_check_interval": every * steps.accumulate,
             "limit_val_batches": None if has_heldout else 0,
             "log_every_n_steps": config.logger.every_steps,

@@ -84,7 +84,7 @@ def _prepare(
     cache = Path(config.paths.cache)
     corpus = config.corpus
     content = fingerprint(corpus, cache=cache)
-    render = _Renderer(corpus, tokenizer)
+    render = Renderer(corpus, tokenizer)
     keys: dict[Side, StoreKey] = {
         side: _key(tokenizer, content, side, render=render.version) for side in SIDES
     }
@@ -140,7 +140,7 @@ def _key(tokenizer: PreTrainedTokenizerFast, content: str, side: Side, *, render
     )
 
 
-class _Renderer:
+class Renderer:
     """Turns a corpus's records into text with its place in the training data."""
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -160,7 +160,8 @@ class _Renderer:
         if self._chat is None:
             self._write = _writer(self._corpus, reading, quarantine=quarantine, counts=counts)
 
-    def rendered(self, side: Side) -> Iterator[Rendered]:
+    def rendered(self, side: Side | None) -> Iterator[Rendered]:
+        """The records of one side, or of both."""
         return self._texts(side) if self._chat is None else self._chats(self._chat, side)
 
     def settled(
@@ -186,13 +187,13 @@ class _Renderer:
             rows.close()
         return settled
 
-    def _texts(self, side: Side) -> Iterator[Rendered]:
+    def _texts(self, side: Side | None) -> Iterator[Rendered]:
         for document in self._reading.records(side):
             assert isinstance(document, Document)
             parts = pieces(document, self._write(document))
             yield Rendered(document.id, document.source, parts)
 
-    def _chats(self, renderer: ChatRenderer, side: Side) -> Iterator[Rendered]:
+    def _chats(self, renderer: ChatRenderer, side: Side | None) -> Iterator[Rendered]:
         """Each compared with the model's own chat template, where there are many a sample."""
         with BadRows(self._corpus.on_bad, max_share=1.0, quarantine=self._quarantine) as bad_rows:
             for number, record in enumerate(self._reading.records(side)):
@@ -220,7 +221,8 @@ def _writer(
     path = str(corpus.task_outputs.path)
     policy = BadRows(corpus.on_bad, max_share=corpus.max_bad_share, quarantine=quarantine)
     with policy as bad_rows:
-        outputs = read_task_outputs(path, bad_rows=bad_rows, known_ids=reading)
+        known_ids = reading if reading.is_whole else None
+        outputs = read_task_outputs(path, bad_rows=bad_rows, known_ids=known_ids)
         wanted = (output for output in outputs if output.kind in corpus.task_kinds)
         index = TaskOutputIndex(wanted, spool_folder=quarantine.parent)
     counts["task_outputs.path"] = {"read": bad_rows.accepted, "rejected": bad_rows.rejected}

@@ -183,7 +183,7 @@ def _module(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> DpoModule
         group_names={"source": ("",), "error": ("",), "task": ("",)},
         backbone=replace(backbone, recomputed_layers=0, lora=None),
         phase=plan.phase,
-        optimizer=run.config.stage.optimizer,
+        optimizer=run.config.training.optimizer,
         num_steps=plan.num_steps,
         splits=1,
     )

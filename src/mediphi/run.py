@@ -9,6 +9,7 @@ from mediphi.announcement import announce
 from mediphi.artifacts import check_data, is_run_of, named_parents, open_run, plain_folder
 from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
+from mediphi.config.stages import DoctorStage
 from mediphi.data.fingerprint import fingerprint
 from mediphi.errors import DataError
 from mediphi.interruption import interruptible
@@ -24,6 +25,8 @@ def run(config: Config) -> RunResult:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal came.
     """
+    if isinstance(config.stage, DoctorStage):
+        return _doctor(config)
     job = cluster.own_job()
     came_back = job is not None and is_run_of(run_dir(config), job)
     on_existing = "resume" if came_back else config.on_existing
@@ -53,6 +56,14 @@ def run(config: Config) -> RunResult:
         from mediphi import training
 
         return training.train(config)
+
+
+def _doctor(config: Config) -> RunResult:
+    """In one process, whatever the devices; nothing it writes is read by another stage."""
+    from mediphi.doctor import check_up
+
+    with interruptible():
+        return check_up(config)
 
 
 def _refuse_changed_inputs(config: Config) -> None:

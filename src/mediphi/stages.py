@@ -80,7 +80,7 @@ def make_module(
     config: Config, phase: Phase, *, data: PackedDataModule, backbone: BackboneSpec
 ) -> CausalLMModule:
     """The LightningModule of a phase."""
-    stage, plan = config.stage, data.train_plan
+    stage, plan = config.training, data.train_plan
     options: dict[str, Any] = {
         "backbone": backbone,
         "phase": phase,

@@ -43,6 +43,7 @@ from mediphi.launch import RunResult, rank
 from mediphi.modules.meters import UNNAMED
 from mediphi.phases import Loggers, PhasePlan, Training, fit_phase, plan_phases
 from mediphi.preparation import prepare
+from mediphi.process_group import join_processes
 from mediphi.publication import Answers, publish_run
 from mediphi.references import bring_references, preference_exam
 from mediphi.stages import metric_groups, objective_of
@@ -66,7 +67,7 @@ def train(config: Config) -> RunResult:
     """
     silence_lightning()
     engine.limit_threads(config.hardware)
-    engine.join_processes(config.hardware)
+    join_processes(config.hardware)
     with engine.failing_alone(config.hardware):
         run = _set_up(config)
         if config.check_only:
@@ -109,8 +110,8 @@ def _train(run: Training) -> RunResult:
         run_dir=run.folder,
         run_name=run_name(config),
         header=header(
-            objective_of(config.stage),
-            {**metric_groups(config.stage, run.phases[0].data), **_exam_columns(exams)},
+            objective_of(config.training),
+            {**metric_groups(config.training, run.phases[0].data), **_exam_columns(exams)},
         ),
         config_dict=config.model_dump(mode="json"),
     )

@@ -45,10 +45,11 @@ from mediphi.config.stages import Lora
 from mediphi.data.datamodule import PackedDataModule, References
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import once_through
-from mediphi.engine import join_processes, make_trainer
+from mediphi.engine import make_trainer
 from mediphi.errors import UserError
 from mediphi.modules.dpo import Objective
 from mediphi.modules.language_model import LanguageModelModule
+from mediphi.process_group import join_processes
 from mediphi.strategies.whole import OneDevice
 
 TESTS = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mediphi.config.corpus import Corpus, RecordKind, RowSource
 from mediphi.config.slurm import Slurm
-from mediphi.config.stages import DpoStage, Stage
+from mediphi.config.stages import DoctorStage, DpoStage, Stage, Training
 from mediphi.config.strict import BrokenRule, Strict
 
 
@@ -173,6 +173,8 @@ class Config(Strict):
     """Validate, prepare the data, print the plan, stop."""
 
     def broken_rules(self) -> Iterator[BrokenRule]:
+        if isinstance(self.stage, DoctorStage):  # reads any corpus and takes no step
+            return
         rows, batch = self.rows_per_pass, self.stage.global_batch
         if batch % rows:
             lower, upper = batch // rows * rows, (batch // rows + 1) * rows
@@ -202,9 +204,15 @@ class Config(Strict):
             )
 
     @property
+    def training(self) -> Training:
+        """The stage, one that trains; the switch lets no other come to where this is asked."""
+        assert not isinstance(self.stage, DoctorStage)
+        return self.stage
+
+    @property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step and rank."""
-        return self.stage.global_batch // self.rows_per_pass
+        return self.training.global_batch // self.rows_per_pass
 
     @property
     def rows_per_pass(self) -> int:

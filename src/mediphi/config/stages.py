@@ -189,4 +189,17 @@ class DpoStage(ChatStage):
             yield BrokenRule("label_smoothing", "loss=robust needs the share of wrong labels, > 0")
 
 
-Stage = Annotated[PitStage | DaptStage | SftStage | DpoStage, Field(discriminator="kind")]
+class DoctorStage(Strict):
+    """Looks at machine, model and data, and trains nothing."""
+
+    kind: Literal["doctor"]
+    max_length: Annotated[int, Field(ge=16)] = 512
+    """Tokens of a packed row."""
+    num_records: PositiveInt = 8
+    """Records of each source that the proofs read, from its beginning."""
+    wait_seconds: PositiveFloat = 60.0
+    """How long processes may take to find one another."""
+
+
+Training = PitStage | DaptStage | SftStage | DpoStage
+Stage = Annotated[Training | DoctorStage, Field(discriminator="kind")]

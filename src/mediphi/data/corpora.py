@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -71,11 +71,13 @@ class CorpusReading:
 
     Attributes:
         counts: per source, in the config's order.
+        is_whole: every row was read, not only the first ones.
     """
 
     def __init__(self, spool: Spool, *, ids: list[str], sides: bytearray) -> None:
         """Made by `read_documents`; `sides` is 0, 1 or `_DROPPED` per record."""
         self.counts: dict[str, SourceCounts] = {}
+        self.is_whole = True
         self._spool = spool
         self._ids = ids
         self._sides = sides
@@ -109,7 +111,11 @@ class CorpusReading:
 
 
 def read_documents(
-    corpus: Corpus, *, quarantine: Path | None = None, spool_folder: Path | None = None
+    corpus: Corpus,
+    *,
+    quarantine: Path | None = None,
+    spool_folder: Path | None = None,
+    first: int | None = None,
 ) -> CorpusReading:
     """Read all sources of a corpus once.
 
@@ -119,6 +125,7 @@ def read_documents(
         corpus: the config section.
         quarantine: file for the reasons of bad rows, made anew; only under `on_bad: skip`.
         spool_folder: where the unnamed temporary file with the records goes.
+        first: read only so many records of each source, to look at them.
 
     Raises:
         DataError: a bad row or file, too many bad rows, or an id that repeats.
@@ -131,8 +138,10 @@ def read_documents(
         for name, source in corpus.sources.items():
             policy = BadRows(corpus.on_bad, max_share=corpus.max_bad_share, quarantine=quarantine)
             with policy as bad_rows:
-                scan.read(name, source, bad_rows)
-        return scan.judge()
+                scan.read(name, source, bad_rows, first=first)
+        reading = scan.judge()
+        reading.is_whole = first is None
+        return reading
     except BaseException:
         scan.spool.close()
         raise
@@ -152,20 +161,20 @@ class _Scan:
         self._sides = bytearray()
         self._source_ids = array("H")
 
-    def read(self, name: str, source: Source, bad_rows: BadRows) -> None:
+    def read(self, name: str, source: Source, bad_rows: BadRows, *, first: int | None) -> None:
         """Spool a source's records, all on their side, and drop what is not chosen."""
-        first, source_id = len(self._ids), self._names.index(name)
+        start, source_id = len(self._ids), self._names.index(name)
         candidates = Candidates(source)
-        for record in sources.read(source, name=name, bad_rows=bad_rows):
+        for record in islice(sources.read(source, name=name, bad_rows=bad_rows), first):
             self._add(record, source)
             self._source_ids.append(source_id)
             candidates.add(record)
-        for number in candidates.not_chosen(self._ids[first:]):
-            self._sides[first + number] = _DROPPED
+        for number in candidates.not_chosen(self._ids[start:]):
+            self._sides[start + number] = _DROPPED
         counts = self._counts[name]
-        counts.read = len(self._ids) - first
+        counts.read = len(self._ids) - start
         counts.rejected = bad_rows.rejected
-        counts.not_chosen = self._sides.count(_DROPPED, first)
+        counts.not_chosen = self._sides.count(_DROPPED, start)
 
     def _add(self, record: Record, source: Source) -> None:
         side = split_side(record.group_id, self._corpus.heldout_fraction, side=source.side)

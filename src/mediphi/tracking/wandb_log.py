@@ -52,7 +52,7 @@ class RunWandbLogger(WandbLogger):
             tags=list(config.tags),
             job_type=str(config_dict.get("stage", {}).get("kind", "train")),
             config=redact(dict(config_dict)),
-            mode=_mode(),
+            mode=wandb_mode(),
             settings=_settings(),
         )
         del self._wandb_init["anonymous"]  # W&B warns of it even where it is None
@@ -138,15 +138,15 @@ def _run_id(run_dir: Path) -> str:
     return new
 
 
-def _mode() -> str:
+def wandb_mode() -> str:
     """`WANDB_MODE` where set, online where logged in, else offline: never a prompt."""
     wanted = {"dryrun": "offline", "run": "online"}.get(m := os.environ.get("WANDB_MODE", ""), m)
     if wanted in ("offline", "disabled"):
         return wanted
-    return "online" if _logged_in() else "offline"
+    return "online" if logged_in() else "offline"
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     import wandb
