@@ -1,4 +1,4 @@
-"""Sizes, operations and memory, known before a run starts."""
+"""Sizes and operations, known before a run starts."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def config(*overrides: str) -> Config:
 
 
 def test_phi35_mini_has_the_published_number_of_parameters():
-    budget = estimate(str(ASSETS / "phi35_mini"), config=config(), loss_chunk_tokens=2048)
+    budget = estimate(str(ASSETS / "phi35_mini"), config=config())
     assert budget.num_parameters == 3_821_079_552
     # all but the embedding and 65 norms of 3072
     assert budget.num_matmul_parameters == 3_821_079_552 - 32064 * 3072 - 65 * 3072
@@ -38,7 +38,7 @@ def test_phi35_mini_has_the_published_number_of_parameters():
 
 def test_the_estimate_counts_what_a_real_model_has(tmp_path: Path):
     folder = write_small_folder(tmp_path / "model")
-    budget = estimate(str(folder), config=config(), loss_chunk_tokens=2048)
+    budget = estimate(str(folder), config=config())
     model = AutoModelForCausalLM.from_config(budget.model_config)
     assert budget.num_parameters == sum(p.numel() for p in model.parameters())
     assert budget.weights_dtype == torch.float32
@@ -71,7 +71,7 @@ def test_training_flops_are_what_torch_counts():
     counted = counted_flops(model, batch)
     linear = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     head = model.lm_head.weight.numel()
-    budget = Budget(model.config, 0, sum(linear), head, 0, torch.float32, 0, 0)
+    budget = Budget(model.config, 0, sum(linear), head, 0, torch.float32, 0)
     share = (length + 1) / (2 * length)
     assert budget.batch_flops(batch) == counted["weights"] + counted["attention"] * share
 
@@ -83,7 +83,7 @@ def test_flops_beside_adapters_are_what_torch_counts(tmp_path: Path, targets: st
     lora = ("stage.lora.rank=3", f"stage.lora.target_modules={targets}")
     chosen = load(composed("stage=sft", "corpus=mediflow", *lora))
     assert isinstance(chosen.stage, SftStage) and chosen.stage.lora is not None
-    budget = estimate(str(folder), config=chosen, loss_chunk_tokens=16)
+    budget = estimate(str(folder), config=chosen)
     model: Any = AutoModelForCausalLM.from_config(
         budget.model_config, attn_implementation="mediphi_sdpa"
     ).train()
@@ -101,7 +101,7 @@ def test_flops_beside_adapters_are_what_torch_counts(tmp_path: Path, targets: st
 
 
 def test_attention_flops_grow_with_the_square_of_documents_not_of_the_row():
-    budget = Budget(small_model().config, 0, 0, 0, 0, torch.float32, 0, 0)
+    budget = Budget(small_model().config, 0, 0, 0, 0, torch.float32, 0)
     one, two = (budget.batch_flops(packed(random_documents(n))) for n in ([64], [32, 32]))
     assert one == 12 * 2 * 32 * 64 * 65 / 2
     assert two == 2 * 12 * 2 * 32 * 32 * 33 / 2
@@ -115,72 +115,9 @@ def test_flops_worked_by_hand():
     assert training_flops(**sizes, num_frozen_parameters=7) == (6 * 3 + 4 * 7) * 2 + 12 * 4 * 3
 
 
-MORE = [
-    ("hardware.micro_batch=2", "hardware.micro_batch=1"),
-    ("stage.max_length=4096", "stage.max_length=1024"),
-    ("hardware.activation_checkpointing=false", "hardware.activation_checkpointing=true"),
-]
-
-
-@pytest.mark.parametrize(("more", "less"), MORE)
-def test_what_costs_memory_is_estimated_to_cost_it(more: str, less: str):
-    common = ("stage.global_batch=4", "hardware.micro_batch=1")
-    large, small = (
-        estimate(
-            str(ASSETS / "tiny"), config=config(*common, change), loss_chunk_tokens=128
-        ).memory_bytes
-        for change in (more, less)
-    )
-    assert large > small
-
-
-def test_phi35_minis_training_state_alone_fills_61_gigabytes():
-    """float32 weights, gradients and two moments; one H200 holds them, one H100 does not."""
-    budget = estimate(
-        str(ASSETS / "phi35_mini"), config=config("hardware.micro_batch=1"), loss_chunk_tokens=2048
-    )
-    assert 61e9 < budget.memory_bytes < 141e9
+def test_the_states_on_disk_are_counted():
+    budget = estimate(str(ASSETS / "phi35_mini"), config=config("hardware.micro_batch=1"))
     assert budget.disk_bytes > 3 * 12 * budget.num_parameters
-
-
-def held_bytes(function: Any) -> int:
-    """Bytes of different tensors that autograd keeps for backward."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function()
-    assert out is not None
-    return sum(kept.values())
-
-
-def test_the_activations_of_the_tiny_model_are_of_the_estimated_size():
-    """The activation part against what autograd really keeps for a full row."""
-    chosen = config("hardware.micro_batch=1", "stage.max_length=512")
-    budget = estimate(str(ASSETS / "tiny"), config=chosen, loss_chunk_tokens=128)
-    logits = 3 * 128 * 4096 * 4
-    estimated = budget.memory_bytes - 16 * budget.num_parameters - logits
-    model = AutoModelForCausalLM.from_config(
-        budget.model_config, attn_implementation="mediphi_sdpa"
-    ).train()
-    batch = packed(random_documents([200, 100, 150, 62]))
-    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    held = held_bytes(
-        lambda: (
-            model.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **attention.boundaries(batch, "sdpa"),
-            ).last_hidden_state
-        )
-    )
-    activations = held - (weights - model.model.embed_tokens.weight.numel() * 8)
-    assert 0.8 < activations / estimated < 1.25  # measured: 1.04
 
 
 TINY = json.loads((ASSETS / "tiny" / "config.json").read_text())
@@ -201,7 +138,7 @@ def test_a_damaged_config_is_refused_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="no config can be loaded") as error:
-        estimate(str(tmp_path), config=config(), loss_chunk_tokens=2048)
+        estimate(str(tmp_path), config=config())
     assert "\n" not in str(error.value)
     spec = BackboneSpec(str(tmp_path), init="random", revision="main", kernel="sdpa")
     with pytest.raises(UserError) as error:

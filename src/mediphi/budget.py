@@ -1,6 +1,5 @@
-"""What a run will cost, known before it starts: FLOPs, memory, disk, steps."""
+"""Sizes of the model, without its weights, and what follows from them: FLOPs, state, disk."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mediphi.backbone import LOAD_ERRORS
 from mediphi.batches import Batch, PreferenceBatch
 from mediphi.config.schema import Config
-from mediphi.config.stages import ChatStage, DpoStage
+from mediphi.config.stages import ChatStage
 from mediphi.engine import training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
-
-BYTES_PER_TRAINED = 12
-"""Gradient and AdamW's two moments, float32, besides the weight."""
-
-HIDDEN_KEPT, FFN_KEPT = 14, 3
-"""Activations that a layer keeps for backward, in hidden states and in feed-forward states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +26,6 @@ class Budget:
         num_head_parameters: of those the output head's, which works at targets only.
         num_adapter_parameters: trained in place of all others; 0: all others are trained.
         weights_dtype: of the published weights.
-        memory_bytes: estimated peak of one process.
         disk_bytes: run directory with checkpoints and model.
     """
 
@@ -43,8 +35,12 @@ class Budget:
     num_head_parameters: int
     num_adapter_parameters: int
     weights_dtype: torch.dtype
-    memory_bytes: int
     disk_bytes: int
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters with a gradient and AdamW's moments."""
+        return self.num_adapter_parameters or self.num_parameters
 
     def batch_flops(self, batch: Batch) -> float:
         """Operations of training on a batch, attention by the pairs it really computes.
@@ -74,10 +70,8 @@ class Budget:
         return body + per_head_parameter * self.num_head_parameters * num_targets
 
 
-def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
+def estimate(folder: str, *, config: Config) -> Budget:
     """Size up the model of a folder or hub id without its weights.
-
-    `loss_chunk_tokens`: positions whose logits exist at a time on the device.
 
     Raises:
         UserError: no model config there.
@@ -108,37 +102,8 @@ def estimate(folder: str, *, config: Config, loss_chunk_tokens: int) -> Budget:
         num_head_parameters=model_config.vocab_size * model_config.hidden_size,
         num_adapter_parameters=num_adapter,
         weights_dtype=_dtype(model_config),
-        memory_bytes=num_parameters * 4 * _num_copies(config)
-        + trained * BYTES_PER_TRAINED
-        + _activations(model_config, config)
-        + 3 * loss_chunk_tokens * model_config.vocab_size * 4,
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
     )
-
-
-def show_plan(budget: Budget, phases: Sequence[Any], *, free_bytes: int) -> None:
-    """Print what `check_only=true` asks for."""
-    print(f"parameters  {budget.num_parameters:,}")
-    show_phases(phases)
-    print(f"memory      about {budget.memory_bytes / 1e9:.2f} GB per process, besides Python's own")
-    print(
-        f"disk        about {budget.disk_bytes / 1e9:.2f} GB in the run directory, "
-        f"{free_bytes / 1e9:.2f} GB free"
-    )
-    print("check only: nothing was trained and no run directory was made")
-
-
-def show_phases(phases: Sequence[Any]) -> None:
-    """A line per phase: steps, tokens, epochs, packing, accumulation."""
-    for phase in phases:
-        plan = phase.data.train_plan
-        print(
-            f"{phase.name:<11} {plan.num_steps:,} steps  {plan.num_tokens:,} tokens  "
-            f"{plan.settings.epochs} epochs  warm-up {phase.phase.warmup_steps}  "
-            f"packing {plan.fill:.4f}  "
-            f"accumulate {plan.accumulate}",
-            flush=True,
-        )
 
 
 def _num_adapter_parameters(model: PreTrainedModel, config: Config) -> int:
@@ -150,26 +115,10 @@ def _num_adapter_parameters(model: PreTrainedModel, config: Config) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _num_copies(config: Config) -> int:
-    """Models in memory: a live reference is a second one."""
-    stage = config.stage
-    return 2 if isinstance(stage, DpoStage) and stage.reference == "live" else 1
-
-
 def _dtype(model_config: Any) -> torch.dtype:
     """Of the published weights: the config's own."""
     dtype = model_config.dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def _activations(model_config: Any, config: Config) -> int:
-    """Bytes of activations of one micro-batch."""
-    tokens = config.hardware.micro_batch * config.stage.max_length
-    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
-    per_layer = tokens * (HIDDEN_KEPT * hidden + FFN_KEPT * model_config.intermediate_size) * 4
-    if config.hardware.activation_checkpointing:
-        return layers * tokens * hidden * 4 + per_layer
-    return layers * per_layer
 
 
 def _reason(error: Exception) -> str:

@@ -71,7 +71,7 @@ def test_a_step_reads_nothing_from_its_device(
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
     module = build(data, write_small_folder(tmp_path / "model", **ROPES[rope]), kernel)
-    budget = Budget(module.backbone.config, 1, 1, 1, 0, torch.float32, 0, 0)
+    budget = Budget(module.backbone.config, 1, 1, 1, 0, torch.float32, 0)
     loader = PackedLoader(data.train_plan, group_names=data.group_names)
     for number in range(MICRO_BATCHES):
         batch = loader[number % len(loader)]

@@ -60,6 +60,9 @@ class Checkpoints(Strict):
     """Newest valid states that stay."""
 
 
+GpuName = Literal["H200", "H100", "A100 80GB", "A100", "L40S", "A10", "RTX 4090"]
+
+
 class Hardware(Strict):
     """Speed and memory only. `micro_batch` counts packed rows per device and forward pass."""
 
@@ -84,6 +87,8 @@ class Hardware(Strict):
     """Recompute activations in backward: less memory, slower."""
     loss_chunk_tokens: PositiveInt | None = None
     """Positions whose logits exist at a time; null: 2048 on a GPU, 128 on a CPU."""
+    planned_gpu: GpuName | None = None
+    """With check_only=true on a machine without a GPU: which one to plan for."""
     num_threads: PositiveInt | None = None
     """CPU threads of PyTorch's kernels; null: PyTorch's choice."""
     num_workers: NonNegativeInt = 0
