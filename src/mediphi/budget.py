@@ -1,6 +1,5 @@
-"""What a run will cost, known before it starts: FLOPs, memory, disk, steps."""
+"""Sizes of the model, without its weights, and what follows from them: FLOPs, state, disk."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,7 @@ class Budget:
         num_head_parameters: of those the output head's, which works at targets only.
         num_adapter_parameters: trained in place of all others; 0: all others are trained.
         weights_dtype: of the published weights.
-        memory_bytes: estimated peak of one process.
+        memory_bytes: of one process, by formulas; `planning/` looks closer.
         disk_bytes: run directory with checkpoints and model.
         recomputed_layers: those whose activations are recomputed in backward.
     """
@@ -52,6 +51,11 @@ class Budget:
     memory_bytes: int
     disk_bytes: int
     recomputed_layers: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters with a gradient and AdamW's moments."""
+        return self.num_adapter_parameters or self.num_parameters
 
     def batch_flops(self, batch: Batch) -> float:
         """Operations of training on a batch, attention by the pairs it really computes.
@@ -124,34 +128,6 @@ def estimate(folder: str, *, config: Config, device: Device) -> Budget:
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
         recomputed_layers=recomputed,
     )
-
-
-def show_plan(budget: Budget, phases: Sequence[Any], *, free_bytes: int) -> None:
-    """Print what `check_only=true` asks for."""
-    print(f"parameters  {budget.num_parameters:,}")
-    show_phases(phases)
-    print(
-        f"memory      about {budget.memory_bytes / 1e9:.2f} GB per process, besides Python's own; "
-        f"{budget.recomputed_layers} of {budget.model_config.num_hidden_layers} layers recomputed"
-    )
-    print(
-        f"disk        about {budget.disk_bytes / 1e9:.2f} GB in the run directory, "
-        f"{free_bytes / 1e9:.2f} GB free"
-    )
-    print("check only: nothing was trained and no run directory was made")
-
-
-def show_phases(phases: Sequence[Any]) -> None:
-    """A line per phase: steps, tokens, epochs, packing, accumulation."""
-    for phase in phases:
-        plan = phase.data.train_plan
-        print(
-            f"{phase.name:<11} {plan.num_steps:,} steps  {plan.num_tokens:,} tokens  "
-            f"{plan.settings.epochs} epochs  warm-up {phase.phase.warmup_steps}  "
-            f"packing {plan.fill:.4f}  "
-            f"accumulate {plan.accumulate}",
-            flush=True,
-        )
 
 
 def _num_adapter_parameters(model: PreTrainedModel, config: Config) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -20,23 +20,32 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from mediphi.attention import Kernel, choose_kernel
-from mediphi.config.schema import Hardware
+from mediphi.config.schema import GpuName, Hardware
 from mediphi.errors import MachineError, UserError
 from mediphi.process_group import is_one_of_several
 from mediphi.strategies.whole import Ddp, OneDevice
 
 Value = TypeVar("Value")
 
-BF16_PEAK_FLOPS = {
-    # Vendors' data sheets, dense bf16.
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-}
 
+class Gpu(NamedTuple):
+    """A vendor's data sheet: bytes, dense bf16 FLOP/s, bytes per second of its memory."""
+
+    memory: float
+    bf16_flops: float
+    bandwidth: float
+
+
+GPUS: dict[GpuName, Gpu] = {
+    "H200": Gpu(141e9, 989e12, 4.8e12),
+    "H100": Gpu(80e9, 989e12, 3.35e12),
+    "A100 80GB": Gpu(80e9, 312e12, 2.0e12),
+    "A100": Gpu(40e9, 312e12, 1.56e12),
+    "L40S": Gpu(48e9, 362e12, 0.86e12),
+    "A10": Gpu(24e9, 125e12, 0.6e12),
+    "RTX 4090": Gpu(24e9, 165e12, 1.01e12),
+}
+"""The part of a device's name that tells it -> its numbers; the first that fits counts."""
 
 LOSS_CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}
 """Large products keep a GPU busy; few logits stay in a CPU's cache."""
@@ -44,27 +53,36 @@ LOSS_CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What `hardware` came down to on this machine; `memory_bytes` of a GPU."""
+    """What `hardware` came down to on this machine; `memory_bytes` of a GPU.
+
+    `is_here`: False of one that a run is only planned for.
+    """
 
     type: str
     name: str
     precision: str
     kernel: Kernel
     loss_chunk_tokens: int = 128
-    memory_bytes: int | None = None
+    memory_bytes: float | None = None
+    is_here: bool = True
 
 
-def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
+def resolve(hardware: Hardware, *, shares_prompts: bool = False, planning: bool = False) -> Device:
     """Choose accelerator, precision and attention kernel by what this machine can do.
+
+    Args:
+        planning: devices that are not here may be asked for, by `hardware.planned_gpu`.
 
     Raises:
         UserError: asked for what is not there.
     """
     cuda = torch.cuda.is_available()
     if hardware.accelerator == "gpu" and not cuda:
+        if planning:
+            return _absent(hardware, shares_prompts=shares_prompts)
         raise UserError("hardware.accelerator=gpu, but torch sees no CUDA device: use hardware=cpu")
     on_gpu = cuda and hardware.accelerator != "cpu"
-    if on_gpu and hardware.devices > torch.cuda.device_count():
+    if on_gpu and hardware.devices > torch.cuda.device_count() and not planning:
         raise UserError(
             f"hardware.devices={hardware.devices}, but torch sees {torch.cuda.device_count()}"
         )
@@ -78,6 +96,25 @@ def resolve(hardware: Hardware, *, shares_prompts: bool = False) -> Device:
         kernel=choose_kernel(hardware.attention, device_type=kind, shares_prompts=shares_prompts),
         loss_chunk_tokens=hardware.loss_chunk_tokens or LOSS_CHUNK_TOKENS[kind],
         memory_bytes=memory,
+    )
+
+
+def _absent(hardware: Hardware, *, shares_prompts: bool) -> Device:
+    """A GPU that a run is planned for on a machine without one."""
+    if hardware.planned_gpu is None:
+        raise UserError(
+            "hardware.planned_gpu=null: no GPU here to plan for; name one of "
+            f"{', '.join(GPUS)}, as in hardware.planned_gpu={next(iter(GPUS))}"
+        )
+    kernel = choose_kernel(hardware.attention, device_type="cuda", shares_prompts=shares_prompts)
+    return Device(
+        type="cuda",
+        name=hardware.planned_gpu,
+        precision="bf16-mixed" if hardware.precision == "auto" else hardware.precision,
+        kernel=kernel,
+        loss_chunk_tokens=hardware.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
+        memory_bytes=GPUS[hardware.planned_gpu].memory,
+        is_here=False,
     )
 
 
@@ -214,14 +251,19 @@ def training_flops(
 def peak_flops(device: Device) -> float:
     """Peak rate for MFU: the data sheet's on a known GPU, else a matrix product's here."""
     if device.type == "cuda":
-        for name, peak in BF16_PEAK_FLOPS.items():
-            if name in device.name:
-                return peak
+        known = data_sheet(device.name)
+        if known is not None:
+            return known.bf16_flops
     dtype = torch.bfloat16 if device.precision == "bf16-mixed" else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, dtype=dtype, device=device.type) for _ in range(2))
     fastest = min(_timed_matmul(left, right) for _ in range(6))
     return 2.0 * size**3 / fastest
+
+
+def data_sheet(name: str) -> Gpu | None:
+    """Numbers of the GPU that a name, such as `NVIDIA H100 80GB HBM3`, belongs to."""
+    return next((gpu for key, gpu in GPUS.items() if all(w in name for w in key.split())), None)
 
 
 def _timed_matmul(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -128,8 +128,7 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
             prefetch=config.hardware.prefetch,
         )
         try:
-            key = phase_key(config.training, name)
-            _refuse_long_warmup(key, phase, module.train_plan.num_steps)
+            _refuse_long_warmup(config, name, phase, module.train_plan.num_steps)
             _judge_too_long(config.training, module)
         except DataError as error:
             raise DataError(f"corpus {config.corpus.name!r}: {error}") from None
@@ -138,13 +137,17 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
     return tuple(plans)
 
 
-def _refuse_long_warmup(key: str, phase: Phase, num_steps: int) -> None:
+def _refuse_long_warmup(config: Config, name: str, phase: Phase, num_steps: int) -> None:
     """A warm-up that never ends would train at a fraction of the learning rate, in silence."""
-    if phase.warmup_steps >= num_steps:
-        raise UserError(
-            f"{key}.warmup_steps={phase.warmup_steps}: the phase has only {num_steps} "
-            "optimizer steps; lower it or stage.global_batch, or take more data or epochs"
-        )
+    if phase.warmup_steps < num_steps:
+        return
+    told = (
+        f"{phase_key(config.training, name)}.warmup_steps={phase.warmup_steps}: the phase has only "
+        f"{num_steps} optimizer steps; lower it or stage.global_batch, or take more data or epochs"
+    )
+    if not config.check_only:
+        raise UserError(told)
+    print(f"steps       a run would end with: {told}")
 
 
 def _judge_too_long(stage: TrainingStage, data: PackedDataModule) -> None:

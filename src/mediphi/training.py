@@ -28,20 +28,23 @@ from mediphi.backbone import (
     load_tokenizer,
     resolve_folder,
 )
-from mediphi.budget import estimate, show_phases, show_plan
+from mediphi.budget import estimate
 from mediphi.chat_exams import TaskScores
 from mediphi.checkpointing import remove_checkpoints
 from mediphi.config import run_dir, run_name
 from mediphi.config.schema import Config
 from mediphi.config.stages import ChatStage, DpoStage, SftStage, TaskExam
 from mediphi.data.heldout_prompts import heldout_prompts, long_references
-from mediphi.errors import ArtifactError
+from mediphi.errors import ArtifactError, UserError
 from mediphi.evaluate.scores import OVERALL, Scored, summarise
 from mediphi.examination import CodeQuiz, Exam
 from mediphi.heldout_loss import HeldoutLoss
 from mediphi.launch import RunResult, rank
 from mediphi.modules.meters import UNNAMED
 from mediphi.phases import Loggers, PhasePlan, Training, fit_phase, plan_phases
+from mediphi.planning.memory import least_state
+from mediphi.planning.page import show_phases, show_plan
+from mediphi.planning.plan import Planner, available_memory
 from mediphi.preparation import prepare
 from mediphi.process_group import join_processes
 from mediphi.publication import Answers, publish_run
@@ -71,7 +74,7 @@ def train(config: Config) -> RunResult:
     with engine.failing_alone(config.hardware):
         run = _set_up(config)
         if config.check_only:
-            show_plan(run.budget, run.phases, free_bytes=free_space(run.folder))
+            show_plan(Planner(run), free_bytes=free_space(run.folder))
             return RunResult(None, run.folder)
         return _train(run)
 
@@ -80,10 +83,10 @@ def _set_up(config: Config) -> Training:
     """Everything that can be refused is refused here, before the first step."""
     stage = config.stage
     shares = isinstance(stage, DpoStage) and stage.share_prompt
-    device = engine.resolve(config.hardware, shares_prompts=shares)
+    device = engine.resolve(config.hardware, shares_prompts=shares, planning=config.check_only)
     parent = plain = None
-    folder = resolve_folder(config.model.folder)
-    if config.model.is_pretrained:
+    folder = _planned_folder(config) if config.check_only else resolve_folder(config.model.folder)
+    if config.model.is_pretrained and not config.check_only:
         check_weights(folder)
         parent, plain = verified_parent(Path(folder)), plain_folder(folder)
     parents = {} if parent is None else {"model": parent}
@@ -97,7 +100,47 @@ def _set_up(config: Config) -> Training:
     return Training(config, device, tokenizer, data, phases, budget, run_dir(config), parents)
 
 
+def _planned_folder(config: Config) -> str:
+    """A plan needs config and tokenizer alone; what a run would miss is told."""
+    model = config.model
+    folder = resolve_folder(model.folder)
+    if not model.is_pretrained:
+        return folder
+    try:
+        if not Path(folder).is_dir():
+            load_tokenizer(folder, revision=model.revision)  # what the hub's cache may hold
+        check_weights(folder)
+        verified_parent(Path(folder))
+    except UserError as error:
+        print(f"weights     a run would end with: {error}")
+        if not Path(folder).is_dir() and model.architecture:
+            print(f"weights     planned from config and tokenizer in {model.architecture}")
+            return model.architecture
+    return folder
+
+
+def _refuse_hopeless(run: Training) -> None:
+    """What every plan needs at least; a GPU cannot borrow from anywhere.
+
+    Raises:
+        UserError: the training state alone is larger than the GPU's memory.
+    """
+    least = least_state(run.budget, config=run.config)
+    there = available_memory(run.device, config=run.config)
+    if least <= there:
+        return
+    told = (
+        f"weights, gradients and moments take {least / 1e9:.1f} GB a process, "
+        f"{run.device.name} has {there / 1e9:.1f}: check_only=true says what would fit"
+    )
+    if run.device.type == "cuda":
+        raise UserError(f"hardware.strategy={run.config.hardware.strategy}: {told}")
+    if rank() == 0:
+        print(f"memory      {told}", flush=True)
+
+
 def _train(run: Training) -> RunResult:
+    _refuse_hopeless(run)
     config, exams = run.config, _exams(run)
     preflight_space(run.folder, run.budget.disk_bytes)
     if rank() == 0:

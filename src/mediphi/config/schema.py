@@ -61,6 +61,9 @@ class Checkpoints(Strict):
     """Newest valid states that stay."""
 
 
+GpuName = Literal["H200", "H100", "A100 80GB", "A100", "L40S", "A10", "RTX 4090"]
+
+
 class Hardware(Strict):
     """Speed and memory only. `micro_batch` counts packed rows per device and forward pass."""
 
@@ -88,6 +91,8 @@ class Hardware(Strict):
     """Let torch.compile fuse what surrounds attention; the first step takes a minute longer."""
     loss_chunk_tokens: PositiveInt | None = None
     """Positions whose logits exist at a time; null: 2048 on a GPU, 128 on a CPU."""
+    planned_gpu: GpuName | None = None
+    """With check_only=true on a machine without a GPU: which one to plan for."""
     num_threads: PositiveInt | None = None
     """CPU threads of PyTorch's kernels; null: PyTorch's choice."""
     num_workers: NonNegativeInt = 0

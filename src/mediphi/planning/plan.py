@@ -1,0 +1,212 @@
+"""The plan of a run: memory of a rank, time, disk; and which change would make it fit."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mediphi.backbone import BackboneSpec
+from mediphi.batches import Batch
+from mediphi.budget import Budget, estimate
+from mediphi.config.schema import Config
+from mediphi.config.stages import ChatStage, Lora
+from mediphi.data.loader import PackedLoader
+from mediphi.engine import Device
+from mediphi.phases import PhasePlan, Training, plan_phases
+from mediphi.planning.dry_run import Footprint, dry_run
+from mediphi.planning.memory import Memory, memory_of, splits
+from mediphi.planning.speed import Rates, Work, rates_of, work_of
+from mediphi.stages import make_module
+
+LOOKED_AT = 16
+"""Micro-batches of a phase of which the largest is planned for; packed rows are alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will need.
+
+    Attributes:
+        memory: of one rank.
+        available: bytes of its device.
+        seconds: of all optimizer steps; start, exams and checkpoints apart.
+        tokens: of all optimizer steps.
+        rates: of the device.
+    """
+
+    memory: Memory
+    available: float
+    seconds: float
+    tokens: int
+    rates: Rates
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.available
+
+
+Change = Mapping[str, Any]
+"""Dotted key -> its new value."""
+
+
+class Planner:
+    """Plans a run, and the same run with changes."""
+
+    def __init__(self, run: Training) -> None:
+        self.run = run
+        self._rates: Rates | None = None
+        self._footprints: dict[tuple[object, ...], Footprint] = {}
+
+    def plan(self, run: Training | None = None) -> Plan:
+        run = self.run if run is None else run
+        self._rates = self._rates or rates_of(run.device)
+        plans = [_largest(plan) for plan in run.phases]
+        phase, batch = max(plans, key=lambda found: _size(found[1]))
+        footprint = self._footprint(run, phase, batch)
+        seconds = sum(
+            plan.num_steps * work.seconds(self._rates, device_type=run.device.type)
+            for plan in run.phases
+            for work in [_work(run, plan, batch, footprint)]
+        )
+        return Plan(
+            memory=memory_of(footprint, config=run.config, device=run.device),
+            available=available_memory(run.device, config=run.config),
+            seconds=seconds,
+            tokens=sum(plan.data.train_plan.num_tokens for plan in run.phases),
+            rates=self._rates,
+        )
+
+    def fitting_change(self) -> Change | None:
+        """The cheapest single change that makes it fit; else the cheapest all together; or None."""
+        found = list(changes(self.run.config, recomputes_all=recomputed_share(self.run) == 1))
+        together: dict[str, Any] = {}
+        for change in found:
+            together |= change
+        for change in (*found, together):
+            changed = self.changed(change)
+            if changed is not None and self.plan(changed).fits:
+                return change
+        return None
+
+    def changed(self, change: Change) -> Training | None:
+        """The run with other hardware or adapters; None where that cannot be."""
+        run = self.run
+        config = with_change(run.config, change)
+        if config.training.global_batch % config.rows_per_pass:
+            return None
+        budget = estimate(planned_folder(run), config=config, device=run.device)
+        with contextlib.redirect_stdout(io.StringIO()):  # it has been told
+            phases = plan_phases(config, data=run.data, model_config=budget.model_config)
+        return replace(run, config=config, phases=phases, budget=budget)
+
+    def _footprint(self, run: Training, phase: PhasePlan, batch: Batch) -> Footprint:
+        hardware, stage = run.config.hardware, run.config.stage
+        accumulates = phase.data.train_plan.accumulate > 1
+        lora = stage.lora if isinstance(stage, ChatStage) else None
+        mixed = run.device.precision == "bf16-mixed"
+        key = (hardware.micro_batch, run.budget.recomputed_layers, lora, accumulates)
+        if key not in self._footprints:
+            backbone = planned_backbone(run, lora)
+
+            def make() -> Any:
+                return make_module(run.config, phase.phase, data=phase.data, backbone=backbone)
+
+            self._footprints[key] = dry_run(make, batch, mixed=mixed, accumulates=accumulates)
+        return self._footprints[key]
+
+
+def changes(config: Config, *, recomputes_all: bool) -> Iterator[Change]:
+    """What lowers memory, the cheapest first; none changes the result, but for adapters."""
+    hardware, stage = config.hardware, config.stage
+    size = hardware.micro_batch
+    while size > 1:
+        size = next(n for n in range(size - 1, 0, -1) if hardware.micro_batch % n == 0)
+        yield {"hardware.micro_batch": size}
+    if not recomputes_all:
+        yield {"hardware.activation_checkpointing": True}
+    if config.world_size > 1 and not splits(hardware):
+        yield {"hardware.strategy": "fsdp2"}
+    if config.world_size > 1 and not hardware.offload:
+        yield {"hardware.strategy": "zero3", "hardware.offload": True}
+    if isinstance(stage, ChatStage) and stage.lora is None:
+        yield {"stage.lora.rank": Lora().rank}
+
+
+def recomputed_share(run: Training) -> float:
+    """Of the decoder's layers, those whose activations are recomputed in backward."""
+    return run.budget.recomputed_layers / run.budget.model_config.num_hidden_layers
+
+
+def with_change(config: Config, change: Change) -> Config:
+    """The config as these overrides would make it."""
+    hardware = {k.removeprefix("hardware."): v for k, v in change.items() if "hardware" in k}
+    config = config.model_copy(update={"hardware": config.hardware.model_copy(update=hardware)})
+    if "stage.lora.rank" in change:
+        stage = config.stage.model_copy(update={"lora": Lora(rank=change["stage.lora.rank"])})
+        config = config.model_copy(update={"stage": stage})
+    return config
+
+
+def planned_folder(run: Training) -> str:
+    """Where config and tokenizer were found."""
+    return run.tokenizer.name_or_path
+
+
+def planned_backbone(run: Training, lora: Lora | None) -> BackboneSpec:
+    """The model that is trained, its weights drawn: a dry run needs no files."""
+    device = run.device
+    return BackboneSpec(
+        folder=planned_folder(run),
+        init="random",
+        revision=run.config.model.revision,
+        kernel="varlen" if device.kernel == "flash" else device.kernel,  # flash-attn may be absent
+        recomputed_layers=run.budget.recomputed_layers,
+        loss_chunk_tokens=device.loss_chunk_tokens,
+        lora=lora,
+    )
+
+
+def available_memory(device: Device, *, config: Config) -> float:
+    """Bytes that a rank may fill: the GPU's own, or its share of the machine's free memory."""
+    if device.type == "cpu":
+        return _free_memory() / config.hardware.devices
+    assert device.memory_bytes is not None  # known of every GPU
+    return device.memory_bytes
+
+
+def _free_memory() -> float:
+    """Bytes that new processes may take without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024.0 * next(int(n.split()[1]) for n in lines if n.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _work(run: Training, plan: PhasePlan, batch: Batch, footprint: Footprint) -> Work:
+    """Of a mean micro-batch: the largest one's, by the tokens that it really holds."""
+    train = plan.data.train_plan
+    mean = train.num_tokens / (train.num_steps * run.config.accumulate * run.config.world_size)
+    share = mean / batch.num_tokens
+    budget: Budget = run.budget
+    return work_of(
+        flops=budget.batch_flops(batch) * share,
+        traffic=footprint.traffic * share,
+        num_parameters=budget.num_parameters,
+        num_trained=budget.num_trained,
+        recomputed_share=recomputed_share(run),
+        config=run.config,
+    )
+
+
+def _largest(plan: PhasePlan) -> tuple[PhasePlan, Batch]:
+    loader = PackedLoader(plan.data.train_plan, group_names=plan.data.group_names)
+    return plan, max(islice(loader, LOOKED_AT), key=_size)
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    return batch.num_tokens, len(batch.label_ids)

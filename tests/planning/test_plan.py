@@ -1,0 +1,155 @@
+"""The plan of a run: the page, changes that would make it fit, and what is refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from composing import composed
+from small_models import ASSETS, write_small_folder
+from small_runs import set_up
+
+from mediphi import engine, training
+from mediphi.config import load
+from mediphi.config.schema import GpuName
+from mediphi.engine import Device
+from mediphi.errors import UserError
+from mediphi.phases import Training
+from mediphi.planning import plan
+from mediphi.planning.page import advice, show_plan
+from mediphi.planning.plan import Planner, changes, with_change
+
+ROOT = Path(__file__).parents[2]
+H100 = Device("cuda", "H100", "bf16-mixed", "varlen", 2048, 80e9, is_here=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    folder = tmp_path_factory.mktemp("plan")
+    model = write_small_folder(folder / "model")
+    return set_up(folder, "dpo", "hardware.micro_batch=4", "stage.global_batch=4", model=model)
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(plan, "available_memory", lambda *_, **__: size)
+
+
+def test_a_change_that_is_named_fits_when_planned_again(
+    run: Training, monkeypatch: pytest.MonkeyPatch
+):
+    needed = Planner(run).plan().memory.total
+    with_memory(monkeypatch, needed - 1)
+    planner = Planner(run)
+    assert not planner.plan().fits
+    change = planner.fitting_change()
+    assert change is not None and change == {"hardware.micro_batch": 2}
+    changed = planner.changed(change)
+    assert changed is not None and planner.plan(changed).fits
+
+
+def test_where_no_change_is_enough_none_is_named(run: Training, monkeypatch: pytest.MonkeyPatch):
+    with_memory(monkeypatch, 1.0)
+    assert Planner(run).fitting_change() is None
+    assert "no change" in advice(None)
+
+
+def test_changes_are_the_overrides_that_a_user_would_type():
+    eight = ("hardware=gpu8_ddp", "hardware.activation_checkpointing=false")
+    config = load(composed("stage=sft", "corpus=mediflow", *eight, "stage.global_batch=64"))
+    found = [
+        advice(change).removeprefix("it would with ")
+        for change in changes(config, recomputes_all=False)
+    ]
+    assert found == [
+        "hardware.activation_checkpointing=true",
+        "hardware.strategy=fsdp2",
+        "hardware.strategy=zero3 hardware.offload=true",
+        "stage.lora.rank=16",
+    ]
+    for words, change in zip(found, changes(config, recomputes_all=False), strict=True):
+        typed = load(
+            composed(
+                *("stage=sft", "corpus=mediflow", *eight, "stage.global_batch=64"), *words.split()
+            )
+        )
+        assert with_change(config, change) == typed
+
+
+def test_the_page_holds_every_item_and_its_sum(run: Training, capsys: pytest.CaptureFixture[str]):
+    planner = Planner(run)
+    show_plan(planner, free_bytes=10**12)
+    page = capsys.readouterr().out
+    for word in ("parameters", "dpo ", "weights", "moments", "activations", "total", "tokens/s"):
+        assert word in page
+    assert "assumed" in page and "device-hours" in page and "does not fit" not in page
+    items = planner.plan().memory.items
+    assert f"{sum(items.values()) / 1e9:9.3f}" in page
+
+
+def test_a_page_that_does_not_fit_names_the_override(
+    run: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with_memory(monkeypatch, Planner(run).plan().memory.total - 1)
+    show_plan(Planner(run), free_bytes=10**12)
+    page = capsys.readouterr().out
+    assert "DOES NOT FIT" in page and "it would with hardware.micro_batch=2" in page
+
+
+def test_a_state_larger_than_the_gpu_is_refused_in_one_line(
+    run: Training, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "available_memory", lambda *_, **__: 1e6)
+    with pytest.raises(
+        UserError, match=r"weights, gradients and moments take .* H100 has"
+    ) as error:
+        training._refuse_hopeless(replace(run, device=H100))
+    assert "\n" not in str(error.value)
+
+
+def test_on_a_cpu_the_same_is_a_warning(
+    run: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(training, "available_memory", lambda *_, **__: 1e6)
+    training._refuse_hopeless(run)
+    assert "weights, gradients and moments take" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", engine.GPUS)
+def test_every_gpu_of_the_table_is_told_by_its_name(name: GpuName):
+    assert engine.data_sheet(f"NVIDIA {name}") == engine.GPUS[name]
+
+
+def test_a_gpu_with_80_gigabytes_is_told_from_its_smaller_sibling():
+    large, small = (engine.data_sheet(f"NVIDIA A100-SXM4-{n}GB") for n in (80, 40))
+    assert large == engine.GPUS["A100 80GB"] and small == engine.GPUS["A100"]
+    assert engine.data_sheet("NVIDIA Something") is None
+
+
+def test_an_absent_gpu_is_planned_for_by_name_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    hardware = load(composed("hardware=gpu")).hardware
+    with pytest.raises(UserError, match=r"hardware\.planned_gpu"):
+        engine.resolve(hardware, planning=True)
+    with pytest.raises(UserError, match="no CUDA device"):
+        engine.resolve(hardware.model_copy(update={"planned_gpu": "H100"}))
+    device = engine.resolve(hardware.model_copy(update={"planned_gpu": "H100"}), planning=True)
+    assert (device.name, device.type, device.is_here) == ("H100", "cuda", False)
+
+
+def test_phi35_mini_on_eight_h100_is_planned_without_weights_network_or_gpu(tmp_path: Path):
+    """A folder with config and tokenizer is enough."""
+    words = ["hardware=h100x8_zero3", "hardware.accelerator=gpu", "check_only=true"]
+    model = ["model=phi35_mini", f"model.path={ASSETS / 'phi35_mini'}"]
+    places = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    ended = subprocess.run(
+        [sys.executable, "train.py", "corpus=medcode", *model, *words, *places],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "3,821,079,552" in ended.stdout and "8 x H100" in ended.stdout
+    assert "a run would end with: model.path=" in ended.stdout  # no weights there
+    assert not (tmp_path / "runs").exists()
