@@ -465,3 +465,18 @@ def test_original_positions_are_read_from_longrope_alone():
     assert original_positions(AutoConfig.from_pretrained(ASSETS / "tiny")) == 512
     assert original_positions(phi3_config()) == 64
     assert original_positions(phi3_config(rope_scaling=None)) is None
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_a_model_is_built_on_the_cpu_whatever_the_context(
+    init: str, architecture: Path, tmp_path: Path
+):
+    """Lightning builds in the GPU's; a base install has no accelerate to load there."""
+    plain = build_model(spec(architecture))
+    folder = tmp_path / "m"
+    export_model(plain, load_tokenizer(str(architecture)), folder)
+    wanted = spec(architecture) if init == "random" else spec(folder, init="pretrained")
+    with torch.device("meta"):
+        model = build_model(wanted)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name

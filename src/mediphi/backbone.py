@@ -108,35 +108,37 @@ def build_model(spec: BackboneSpec) -> PreTrainedModel:
     With `spec.lora` its weights are frozen and new adapters trained, which change nothing yet.
 
     `from_pretrained` hands out models in eval mode and Lightning leaves the children as they are,
-    so `train()` is called here.
+    so `train()` is called here. The model is on the CPU, whatever device's context this is called
+    in: a GPU would draw other random weights, and to load there transformers needs accelerate.
 
     Raises:
         UserError: no such model, an architecture that needs remote code, weights that are not
             safetensors, do not fit the config, or are not finite; adapters that do not fit.
     """
-    if spec.init == "random":
-        torch.manual_seed(spec.seed)
-        model = _from_config(spec)
-    else:
-        check_weights(spec.folder)
-        model, loading = _from_hub_or_folder(
-            AutoModelForCausalLM,
-            spec.folder,
-            spec.revision,
-            attn_implementation=attention.IMPLEMENTATIONS[spec.kernel],
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # told in `loading`, and refused there
-            output_loading_info=True,
-        )
-        faults = {
-            "missing": loading["missing_keys"],
-            "unknown": loading["unexpected_keys"],
-            "of another shape": [name for name, *_ in loading["mismatched_keys"]],
-            "not finite": [n for n, p in model.named_parameters() if not p.isfinite().all()],
-        }
-        refuse_misfits(spec.folder, faults)
-    prepare_training(model, spec)
+    with torch.device("cpu"):
+        if spec.init == "random":
+            torch.manual_seed(spec.seed)
+            model = _from_config(spec)
+        else:
+            check_weights(spec.folder)
+            model, loading = _from_hub_or_folder(
+                AutoModelForCausalLM,
+                spec.folder,
+                spec.revision,
+                attn_implementation=attention.IMPLEMENTATIONS[spec.kernel],
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told in `loading`, and refused there
+                output_loading_info=True,
+            )
+            faults = {
+                "missing": loading["missing_keys"],
+                "unknown": loading["unexpected_keys"],
+                "of another shape": [name for name, *_ in loading["mismatched_keys"]],
+                "not finite": [n for n, p in model.named_parameters() if not p.isfinite().all()],
+            }
+            refuse_misfits(spec.folder, faults)
+        prepare_training(model, spec)
     return model
 
 
