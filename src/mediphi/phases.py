@@ -142,7 +142,8 @@ def _refuse_long_warmup(key: str, phase: Phase, num_steps: int) -> None:
     if phase.warmup_steps >= num_steps:
         raise UserError(
             f"{key}.warmup_steps={phase.warmup_steps}: the phase has only {num_steps} "
-            "optimizer steps; lower it or stage.global_batch, or take more data or epochs"
+            f"optimizer steps; set {key}.warmup_steps below that, lower stage.global_batch, "
+            f"raise {key}.epochs or take more data, as in corpus=paper/..."
         )
 
 
