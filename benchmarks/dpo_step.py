@@ -4,10 +4,11 @@
     python benchmarks/dpo_step.py --precision 32-true
     python benchmarks/dpo_step.py --toy    # correctness only, writes nothing
 
-Every side is a process of its own that stays alive; each timed run is a fresh trainer on the same
-initial weights, and the sides take turns, there and back. Every optimizer step holds the same pairs
-on all sides. For that each step is packed apart: a plan over a whole corpus fills its rows with
-whatever pairs fit. Both sides compute in Phi-3.5's chat format, whose ids are compared.
+Every side is a process of its own that stays alive, in the process settings that `train.py` makes
+for itself; each timed run is a fresh trainer on the same initial weights, and the sides take turns,
+there and back. Every optimizer step holds the same pairs on all sides. For that each step is packed
+apart: a plan over a whole corpus fills its rows with whatever pairs fit. Both sides compute in
+Phi-3.5's chat format, whose ids are compared.
 
 Parity is checked before anything is timed, in float32, at weights moved away from the reference:
 the loss and gradient of the first steps of every side against the pairs going through the model

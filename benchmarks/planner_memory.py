@@ -81,13 +81,14 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     from mediphi.checkpointing import SafeCheckpointIO
     from mediphi.config import load
     from mediphi.planning.plan import Planner
+    from mediphi.process_group import join_processes
     from mediphi.stages import make_module
     from mediphi.tracking.progress import silence_lightning
 
     warnings.filterwarnings("ignore")
     silence_lightning()
     config = load(composed(*overrides, "hardware.accelerator=cpu", "check_only=true"))
-    engine.join_processes(config.hardware)
+    join_processes(config.hardware)
     run = training._set_up(config)
     plan = run.phases[-1]
     steps = plan.data.train_plan

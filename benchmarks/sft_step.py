@@ -5,9 +5,11 @@
     python benchmarks/sft_step.py --toy    # correctness only, writes nothing
 
 As `train_step.py`, with the same weights and the same conversations on all sides, in Phi-3.5's chat
-format; the loss is of the answers alone. TRL reads rows of `prompt` and `completion`, whose ids and
-labels are compared with ours one by one. (Its way for `messages`, a template with generation
-markers, also trains the end of text behind an answer's `<|end|>`.)
+format; the loss is of the answers alone. All sides run in the process settings that `train.py`
+makes for itself. TRL reads rows of `prompt` and `completion`, whose ids and labels are compared
+with ours one by one. (Its way for `messages`, a template with generation markers, also trains the
+end of text behind an answer's `<|end|>`.) Where TRL does not pack, it takes 8 conversations a
+forward pass, its default.
 
 Figures are per real (non-pad) token that goes through the model, learnt or not. On a CPU TRL's head
 multiplies all positions, on a GPU those with a target: one peer is patched to do so here too. Needs

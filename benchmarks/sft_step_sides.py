@@ -19,11 +19,16 @@ PACKED = {
 SIDES: dict[str, dict[str, Any]] = {
     "ours": {},
     "trl default": {"per_device_train_batch_size": 8},
+    "trl by length": {
+        "per_device_train_batch_size": 8,
+        "train_sampling_strategy": "group_by_length",
+    },
     "trl packed": PACKED,
     "trl packed, head as on a GPU": PACKED,
 }
 ABOUT = {
     "trl default": "SFTTrainer's padding collator, 8 conversations a forward pass",
+    "trl by length": "as trl default, conversations of like length together",
     "trl packed": "packing=bfd_split, one row a forward pass; conversations are kept apart by a "
     "mask over the flattened row, so several rows at a time would cost more",
     "trl packed, head as on a GPU": "as trl packed, patched: logits of answers alone, as TRL "

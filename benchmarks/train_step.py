@@ -4,10 +4,12 @@
     python benchmarks/train_step.py --precision 32-true
     python benchmarks/train_step.py --toy    # correctness only, writes nothing
 
-Every side is a process of its own that stays alive; each timed run is a fresh trainer on the same
-initial weights, and the sides take turns A-B-C-D, D-C-B-A. Parity is checked before anything is
-timed: on one batch the token-mean loss and the gradient of every side, in float32, against the
-documents going through the model one by one. Figures are per real (non-pad) token.
+Every side is a process of its own that stays alive, in the process settings that `train.py` makes
+for itself; each timed run is a fresh trainer on the same initial weights, and the sides take turns
+A-B-C-D, D-C-B-A. Parity is checked before anything is timed: on one batch the token-mean loss and
+the gradient of every side, in float32, against the documents going through the model one by one.
+Where TRL does not pack, it takes 8 documents a forward pass, its default. Figures are per real
+(non-pad) token.
 
 FLOPs are those of torch's FlopCounterMode, with a formula for the CPU's flash attention, which the
 counter does not know (a causal call counts the triangle, a call with a mask the square that it

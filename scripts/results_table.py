@@ -85,6 +85,7 @@ def kept_run(run_dir: Path) -> dict[str, Any]:
         "command": command(extra, manifest["config_hash"], parents=manifest["parents"]),
         **{key: extra.get(key) for key in ("corpus", "device", "precision", "steps", "tokens")},
         "parameters": extra.get("parameters"),
+        "eval_max_rows": _eval_max_rows(run_dir / "config.yaml"),
         "seconds": extra["seconds"],
         "counts": manifest["data"]["counts"],
         "metrics": metrics,
@@ -92,6 +93,13 @@ def kept_run(run_dir: Path) -> dict[str, Any]:
         "created": manifest["created"],
         "versions": manifest["versions"],
     }
+
+
+def _eval_max_rows(config: Path) -> int | None:
+    """How many rows a validation reads at most; None where no config is left."""
+    if not config.is_file():
+        return None
+    return yaml.safe_load(config.read_text(encoding="utf-8"))["stage"]["eval_max_rows"]
 
 
 def command(extra: Line, config_hash: str, *, parents: Line) -> str:
@@ -170,7 +178,9 @@ def _measured(run: Line) -> Iterator[tuple[str, str]]:
     loss = run["metrics"].get("heldout/loss")
     if loss is not None and "loss" not in run["metrics"]["exams"]:  # the exam tells it per item
         unit = "a pair (preference loss)" if "stage=dpo" in run["command"] else "nats a token"
-        yield "held-out loss at the end", f"{loss:.3f} {unit}"
+        rows = run.get("eval_max_rows")  # older records do not tell
+        most = f", at most {rows:,} packed rows" if rows else ""
+        yield f"held-out loss of the last validation{most}", f"{loss:.3f} {unit}"
     yield "versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())
     yield "commit, day", f"{run['commit'] or 'unknown'}, {run['created'][:10]}"
 

@@ -208,6 +208,18 @@ def test_without_task_scores_the_loss_of_held_out_answers_stays(tmp_path: Path, 
     assert [exam.metric for exam in training._exams(run)] == ["loss"]
 
 
+def test_the_loss_of_answers_is_one_number_whether_or_not_prompts_are_trained_on(
+    tmp_path: Path, folder: Path
+):
+    scored = []
+    for learnt in ("false", "true"):
+        options = ("stage.exam=null", f"stage.train_on_prompt={learnt}")
+        run = set_up(tmp_path, "sft", *options, model=folder)
+        (exam,) = training._exams(run)
+        scored.append(exam.sit(first_backbone(run)))
+    assert len(scored[0]) > 5 and scored[0] == scored[1]
+
+
 def test_prompts_out_of_reach_are_told_in_one_line(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):

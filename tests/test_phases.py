@@ -61,5 +61,6 @@ def test_a_warm_up_that_would_never_end_is_refused_in_one_line(
             planned(folder, stage, f"{key}={warmup}")
         said = str(caught.value)
         assert said.startswith(f"{key}={warmup}: the phase has only {steps} optimizer steps")
-        assert "stage.global_batch" in said and "\n" not in said
+        remedies = (f"set {key}", "stage.global_batch", "epochs", "corpus=paper/")
+        assert all(remedy in said for remedy in remedies) and "\n" not in said
         assert caught.value.exit_code == 2

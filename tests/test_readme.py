@@ -15,7 +15,7 @@ from composing import ROOT, composed, loader
 from hydra.types import RunMode
 
 from mediphi.artifacts import publish
-from mediphi.config import Config, config_hash, load
+from mediphi.config import Config, config_hash, dump, load
 from mediphi.config.keys import keys_of
 from mediphi.door.compose import compose
 from mediphi.door.enter import forced
@@ -297,13 +297,24 @@ def test_what_was_left_out_is_not_told_as_trained_on(
     run = module.kept_run(finished_run(tmp_path, ["stage=pit", "corpus=medcode"], 0.543))
     told = dict(module._measured(run))
     assert "left out, longer than max_length" not in told
-    assert told["held-out loss at the end"] == "2.500 nats a token"
+    assert told["held-out loss of the last validation"] == "2.500 nats a token"
     run["counts"]["icd10cm"] |= {"train_too_long": 300, "heldout_too_long": 7}
     run["metrics"]["exams"]["loss"] = run["metrics"]["exams"]["quiz"]
     told = dict(module._measured(run))
     assert told["documents trained on, held out"] == "1,500, 33"
     assert told["left out, longer than max_length"] == "300, 7"
-    assert "held-out loss at the end" not in told  # the exam's is another mean
+    assert not any("held-out loss" in name for name in told)  # the exam's is another mean
+
+
+def test_the_held_out_loss_of_a_run_says_of_how_many_rows_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("results_table", monkeypatch)
+    config = load(composed("stage=pit", "corpus=medcode", "stage.eval_max_rows=7"))
+    (tmp_path / "config.yaml").write_text(dump(config))
+    run = module.kept_run(finished_run(tmp_path, ["stage=pit", "corpus=medcode"], 0.5))
+    told = dict(module._measured(run))
+    assert told["held-out loss of the last validation, at most 7 packed rows"]
 
 
 def test_a_later_run_of_a_command_takes_the_earlier_ones_place(

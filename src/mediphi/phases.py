@@ -141,9 +141,11 @@ def _refuse_long_warmup(config: Config, name: str, phase: Phase, num_steps: int)
     """A warm-up that never ends would train at a fraction of the learning rate, in silence."""
     if phase.warmup_steps < num_steps:
         return
+    key = phase_key(config.training, name)
     told = (
-        f"{phase_key(config.training, name)}.warmup_steps={phase.warmup_steps}: the phase has only "
-        f"{num_steps} optimizer steps; lower it or stage.global_batch, or take more data or epochs"
+        f"{key}.warmup_steps={phase.warmup_steps}: the phase has only {num_steps} "
+        f"optimizer steps; set {key}.warmup_steps below that, lower stage.global_batch, "
+        f"raise {key}.epochs or take more data, as in corpus=paper/..."
     )
     if not config.check_only:
         raise UserError(told)

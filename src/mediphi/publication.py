@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from mediphi import tracking
@@ -10,6 +11,7 @@ from mediphi.announcement import announce, read_exams
 from mediphi.artifacts import publish, write_atomic
 from mediphi.backbone import original_positions
 from mediphi.config import config_hash
+from mediphi.config.schema import Config
 from mediphi.evaluate.scores import Scored
 from mediphi.examination import Exam, headline, marks
 from mediphi.launch import RunResult, rank
@@ -57,7 +59,7 @@ def publish_run(run: Training, sat: list[tuple[Exam, Answers]], *, seconds: floa
             "seconds": round(seconds, 1),
             "attention": run.device.kernel,
             "longrope": _longrope_policy(run),
-            "next": _next_command(run),
+            "next": next_command(config, folder),
         },
     )
     return announce(folder)
@@ -113,16 +115,20 @@ def _longrope_policy(run: Training) -> str:
     return f"sequences up to {boundary} tokens by short factors, longer ones apart by long factors"
 
 
-def _next_command(run: Training) -> str:
-    """The recipe's next stage from this model; behind the last one a sweep over its beta."""
-    model = run.config.model
-    path = shlex.quote(f"model.path={run.folder}")
-    match run.config.stage.kind:
+def next_command(config: Config, folder: Path) -> str:
+    """The recipe's next stage from the model in `folder`; behind the last one a sweep over beta.
+
+    The bundled corpora are for the tiny model: too few steps for another's warm-up.
+    """
+    model, start = config.model, str(folder)
+    edition = "" if model.name == "tiny" else "paper/"
+    match config.stage.kind:
         case "sft":
-            what = "stage=dpo corpus=mediflow_dpo"
+            what = f"stage=dpo corpus={edition}mediflow_dpo"
         case "dpo":
-            what = "--config-dir sweeps --config-name dpo_beta"
-            path = shlex.quote(f"model.path={model.path}") if model.path else ""
+            sweep = "--config-dir sweeps --config-name dpo_beta"
+            what, start = f"{sweep} stage=dpo corpus={edition}mediflow_dpo", model.path
         case _:
-            what = "stage=sft corpus=mediflow"
+            what = f"stage=sft corpus={edition}mediflow"
+    path = shlex.quote(f"model.path={start}") if start else ""
     return f"python train.py {what} model={model.name} {path}".rstrip()

@@ -222,7 +222,8 @@ def _exams(run: Training) -> list[Exam]:
         return [preference_exam(run, run.phases[0], _first_backbone(run))]
     if not isinstance(stage, SftStage) or not heldout.num_tokens:
         return []
-    settings = replace(run.phases[0].data.settings, world_size=1)
+    # Of answers alone, also where prompts are trained on: one name for one number.
+    settings = replace(run.phases[0].data.settings, world_size=1, learnt=("answer",))
     loss = HeldoutLoss(heldout, settings, run.device)
     return [loss] if stage.exam is None else [*_task_scores(run, stage, stage.exam), loss]
 

@@ -20,7 +20,7 @@ def test_toy_run_proves_equal_targets_and_parity_and_takes_less_work():
     assert done.returncode == 0, done.stderr[-2000:]
     assert "parity holds" in done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    peers = ["trl default", "trl packed", "trl packed, head as on a GPU"]
+    peers = ["trl default", "trl by length", "trl packed", "trl packed, head as on a GPU"]
     assert [line["peer"] for line in lines] == peers
     for line in lines:
         ours, theirs, data = line["ours"], line["theirs"], line["data"]
@@ -29,5 +29,5 @@ def test_toy_run_proves_equal_targets_and_parity_and_takes_less_work():
         assert 0 < data["targets"] < data["tokens"]
         assert 1.0 < ours["flops_over_floor"] < theirs["flops_over_floor"]
         assert abs(ours["heldout_loss"] - theirs["heldout_loss"]) < 5e-3
-    padded, packed, patched = (line["flops_ratio"] for line in lines)
-    assert padded > packed > patched > 1
+    padded, by_length, packed, patched = (line["flops_ratio"] for line in lines)
+    assert padded > by_length > packed > patched > 1

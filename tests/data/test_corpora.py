@@ -296,6 +296,39 @@ def test_the_best_are_kept_and_the_unjudged_go_first(tmp_path: Path) -> None:
     assert (reading.counts["a"].read, reading.counts["a"].not_chosen) == (40, 20)
 
 
+@pytest.mark.parametrize(
+    ("options", "column", "told"),
+    [
+        ({"choose_by": "quality"}, "quality", "choose_by=quality: "),
+        ({"stratify_by": ("output_format",)}, "output_format", "stratify_by=[output_format]: "),
+        (
+            {"stratify_by": ("task_type", "output_format")},
+            "output_format",
+            "stratify_by=[task_type,output_format]: ",
+        ),
+    ],
+)
+def test_a_choice_by_a_column_that_no_row_has_is_refused_and_one_that_some_have_is_not(
+    tmp_path: Path, options: dict[str, Any], column: str, told: str
+) -> None:
+    rows = [{k: v for k, v in conversation(n).items() if k != column} for n in range(40)]
+
+    def reading(folder: str, rows: list[dict[str, Any]], **more: Any) -> corpora.CorpusReading:
+        wanted = conversations(tmp_path / folder, rows, **options, **more)
+        return read_documents(corpus({"a": wanted}, deduplicate={"near": False}))
+
+    with pytest.raises(UserError) as caught:
+        reading("none", rows, max_documents=20)
+    said = str(caught.value)
+    assert said.startswith(f"corpus.sources.a.{told}no row has a value in column '{column}'; ")
+    assert caught.value.exit_code == 2 and "\n" not in said
+    value = {"quality": 3.0, "output_format": "json"}[column]
+    assert reading(
+        "one", [*rows, rows[0] | {"id": 99, "input": "x", column: value}], max_documents=20
+    )
+    assert reading("all", rows, max_documents=40).counts["a"].not_chosen == 0
+
+
 @pytest.mark.parametrize("choose_by", ["hash", "quality"])
 def test_rows_are_shared_out_over_strata_whatever_their_order(
     tmp_path: Path, choose_by: str

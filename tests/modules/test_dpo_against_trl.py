@@ -56,6 +56,7 @@ PAIRS = [
 VARIANTS = {  # TRL's loss_type: ours
     "sigmoid": Objective(beta=0.3),
     "hinge": Objective("hinge", beta=0.02),
+    "sigmoid_norm": Objective(beta=0.3, length_normalised=True),
     "ipo": Objective("ipo", beta=0.3, length_normalised=True),
     "robust": Objective("robust", beta=0.3, label_smoothing=0.2),
 }

@@ -1,4 +1,4 @@
-"""Preference losses against formulas written down on their own, and against TRL."""
+"""Preference losses against formulas written down on their own."""
 
 import math
 from collections.abc import Callable
@@ -9,16 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import ASSETS, small_model
-from torch import Tensor
 
-from mediphi.modules.losses import token_logps
-from mediphi.modules.preference_losses import PairLogps, PairLoss, PreferenceLoss, dpo_loss
-
-# TRL 1.16 uses names that transformers 5.23 renames.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning"
-)
+from mediphi.modules.preference_losses import PairLogps, PairLoss, dpo_loss
 
 
 def sigmoid(x: float) -> float:
@@ -225,122 +217,3 @@ def test_pairs_of_policy_and_reference_are_as_many():
     one, two = pair_logps([-3.0], [-4.0]), pair_logps([-3.0, -1.0], [-4.0, -2.0])
     with pytest.raises(jaxtyping.TypeCheckError):
         dpo_loss(two, one, loss="sigmoid", beta=0.1)
-
-
-ROWS = [
-    {"prompt": "A dry cough since", "chosen": " Monday, no fever.", "rejected": " then"},
-    {"prompt": "Aspirin", "chosen": " 100 mg", "rejected": " is a drug of unknown dose, in short"},
-    {"prompt": "The knee is", "chosen": " swollen", "rejected": " a joint of the leg"},
-]
-VARIANTS = {  # TRL's loss_type: ours
-    "sigmoid": {"loss": "sigmoid"},
-    "sigmoid_norm": {"loss": "sigmoid", "length_normalised": True},
-    "hinge": {"loss": "hinge"},
-    "ipo": {"loss": "ipo", "length_normalised": True},
-    "robust": {"loss": "robust", "label_smoothing": 0.2},
-}
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """TRL's trainer on a model that has moved away from its reference."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny")
-    policy, reference = (small_model("sdpa", vocab_size=len(tokenizer)) for _ in range(2))
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    args = trl.DPOConfig(
-        str(tmp_path_factory.mktemp("trl")),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        disable_tqdm=True,
-        per_device_train_batch_size=len(ROWS),
-    )
-    return trl.DPOTrainer(
-        policy,
-        reference,
-        args=args,
-        train_dataset=Dataset.from_list(ROWS),
-        processing_class=tokenizer,
-    )
-
-
-def summed_logps(model: Any, batch: dict[str, Tensor]) -> PairLogps:
-    """Our log-probabilities of TRL's padded batch, whose upper half are the chosen responses."""
-    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
-    hidden = model.model(
-        input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state[:, :-1]
-    (at,) = mask.flatten().nonzero(as_tuple=True)
-    targets = ids[:, 1:].flatten()[at]
-    own = token_logps(hidden.flatten(0, 1)[at], model.lm_head.weight, targets, chunk_tokens=5)
-    flat = own.new_zeros(mask.numel()).index_copy(0, at, own)
-    return PairLogps(*flat.view(mask.shape).sum(1).chunk(2), *mask.sum(1).chunk(2))
-
-
-def theirs(trainer: Any, loss_type: str, *, beta: float, label_smoothing: float) -> Tensor:
-    trainer.loss_types, trainer.beta = [loss_type], beta
-    trainer.label_smoothing = label_smoothing
-    batch = next(iter(trainer.get_train_dataloader()))
-    return trainer.compute_loss(trainer.model, batch)
-
-
-def pair_losses(trainer: Any, **numbers: Any) -> PreferenceLoss:
-    batch = next(iter(trainer.get_train_dataloader()))
-    with torch.no_grad():
-        reference = summed_logps(trainer.ref_model, batch)
-    return dpo_loss(summed_logps(trainer.model, batch), reference, **numbers)
-
-
-def ours(trainer: Any, **numbers: Any) -> Tensor:
-    return pair_losses(trainer, **numbers).losses.mean()
-
-
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize("loss_type", VARIANTS)
-def test_loss_and_gradients_of_a_model_are_trls(trainer: Any, loss_type: str, beta: float):
-    numbers: dict[str, Any] = VARIANTS[loss_type]
-    smoothing = numbers.get("label_smoothing", 0.0)
-    want = theirs(trainer, loss_type, beta=beta, label_smoothing=smoothing)
-    got = ours(trainer, beta=beta, **numbers)
-    # measured: values 3e-6, gradients 2e-6
-    torch.testing.assert_close(got, want, atol=0, rtol=1e-5)
-    expected = gradients(trainer.model, want)
-    assert any(g.abs().max() > 1e-3 for g in expected.values())
-    for name, value in gradients(trainer.model, got).items():
-        error = (value - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-5, name
-
-
-def test_rewards_are_trls(trainer: Any):
-    theirs(trainer, "sigmoid", beta=0.3, label_smoothing=0.0)
-    want = [trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
-    _, *rewards = pair_losses(trainer, loss="sigmoid", beta=0.3)
-    torch.testing.assert_close([r.mean().item() for r in rewards], want, atol=0, rtol=1e-4)
-
-
-def test_label_smoothing_is_what_trl_leaves_out_of_the_sigmoid_loss(trainer: Any):
-    plain, smoothed = (
-        theirs(trainer, "sigmoid", beta=0.7, label_smoothing=e).detach() for e in (0.0, 0.2)
-    )
-    assert torch.equal(plain, smoothed)
-    moved = ours(trainer, loss="sigmoid", beta=0.7, label_smoothing=0.2).detach()
-    assert abs(moved - plain) > 0.01 * plain  # measured: 0.03
-
-
-def test_the_papers_ipo_is_another_loss_than_trls(trainer: Any):
-    want = theirs(trainer, "ipo", beta=0.1, label_smoothing=0.0)
-    summed = ours(trainer, loss="ipo", beta=0.1)
-    assert abs(summed - want) > 0.01 * want

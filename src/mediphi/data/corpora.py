@@ -129,7 +129,8 @@ def read_documents(
 
     Raises:
         DataError: a bad row or file, too many bad rows, or an id that repeats.
-        UserError: a source that is not to be had, or no documents at all.
+        UserError: a source that is not to be had, no documents at all, or none with the column that
+            `choose_by` or `stratify_by` names.
     """
     if quarantine is not None:
         quarantine.unlink(missing_ok=True)
@@ -164,7 +165,7 @@ class _Scan:
     def read(self, name: str, source: Source, bad_rows: BadRows, *, first: int | None) -> None:
         """Spool a source's records, all on their side, and drop what is not chosen."""
         start, source_id = len(self._ids), self._names.index(name)
-        candidates = Candidates(source)
+        candidates = Candidates(name, source)
         for record in islice(sources.read(source, name=name, bad_rows=bad_rows), first):
             self._add(record, source)
             self._source_ids.append(source_id)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from mediphi.config.corpus import RowSource, Source
+from mediphi.errors import UserError
 from mediphi.records import Document, Record
 
 Stratum = tuple[str, ...]
@@ -75,8 +76,9 @@ def fill(sizes: Mapping[Key, int], total: int) -> dict[Key, int]:
 class Candidates:
     """What the choice among one source's records needs to know of each, where there is a choice."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, name: str, source: Source) -> None:
         """Args: source: its `max_documents`, `choose_by` and `stratify_by` decide."""
+        self._key = f"corpus.sources.{name}"
         self._limit = source.max_documents
         self._by_quality = isinstance(source, RowSource) and source.choose_by == "quality"
         self._stratify_by = source.stratify_by if isinstance(source, RowSource) else ()
@@ -95,9 +97,14 @@ class Candidates:
             self._strata.append(self._known.setdefault(stratum, stratum))
 
     def not_chosen(self, ids: Sequence[str]) -> Iterable[int]:
-        """Numbers of the records that go; `ids` are those of all."""
+        """Numbers of the records that go; `ids` are those of all.
+
+        Raises:
+            UserError: no record has what the choice goes by; the hash would decide unseen.
+        """
         if self._limit is None or len(ids) <= self._limit:
             return ()
+        self._refuse_empty_columns()
         kept = choose(
             ids,
             self._limit,
@@ -105,3 +112,15 @@ class Candidates:
             strata=self._strata if self._stratify_by else None,
         )
         return set(range(len(ids))).difference(kept)
+
+    def _refuse_empty_columns(self) -> None:
+        if self._by_quality and all(map(math.isnan, self._qualities)):
+            raise UserError(_empty(f"{self._key}.choose_by=quality", "quality", "choose_by=hash"))
+        for place, name in enumerate(self._stratify_by):
+            if not any(stratum[place] for stratum in self._known):
+                key = f"{self._key}.stratify_by=[{','.join(self._stratify_by)}]"
+                raise UserError(_empty(key, name, f"a stratify_by without {name}"))
+
+
+def _empty(key: str, column: str, instead: str) -> str:
+    return f"{key}: no row has a value in column {column!r}; add the column, or set {instead}"

@@ -22,7 +22,7 @@ ACTIVATION_GAPS = 0.3
 benchmarks/planner_memory.py, like the next two."""
 WEIGHT_GAPS = 1.2
 """The same of weights: products pack them, autocast rounds them, in every pass anew."""
-LIBRARIES = {"bf16-mixed": 88e6, "32-true": 8e6}
+LIBRARIES = {"bf16-mixed": 50e6, "32-true": 20e6}
 """Bytes that libraries take once training starts: oneDNN compiles a product for every shape."""
 
 
@@ -58,6 +58,8 @@ def memory_of(footprint: Footprint, *, config: Config, device: Device) -> Memory
     if hardware.strategy == "fsdp2":
         state = {use: size / config.world_size for use, size in state.items()}
         passing |= {"rounded weights": 0.0, "gathered layers": _fsdp2_gathered(footprint, device)}
+        if device.type == "cpu":
+            passing["gloo"] = 2.0 * FLOAT32 * footprint.root  # what it sends and has received
     elif hardware.strategy == "zero3":
         state = {use: size / config.world_size for use, size in state.items()}
         passing |= {"rounded weights": 0.0, "gathered layers": _zero3_gathered(footprint, device)}
@@ -95,13 +97,14 @@ def _around(footprint: Footprint, passing: dict[str, float], *, device: Device) 
 def _fsdp2_gathered(footprint: Footprint, device: Device) -> float:
     """Root whole during a step, with its gradient; two layers, one with its gradient.
 
-    The gradient of a layer exists as it was computed, and in float32 as it is reduced.
+    What is gathered arrives in one buffer and is copied into the weights. The gradient of a layer
+    exists as it was computed, and in float32 as it is reduced.
     """
     width = 2 if device.precision == "bf16-mixed" else FLOAT32
     is_trained = footprint.trained > footprint.root  # else adapters: small
-    root = FLOAT32 * footprint.root * (2 if is_trained else 1)
+    root = FLOAT32 * footprint.root * (3 if is_trained else 2)
     gradient = (width + FLOAT32) * footprint.largest_layer if is_trained else 0
-    return float(root + 2 * width * footprint.largest_layer + gradient)
+    return float(root + 3 * width * footprint.largest_layer + gradient)
 
 
 def _zero3_gathered(footprint: Footprint, device: Device) -> float:
