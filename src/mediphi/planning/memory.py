@@ -22,7 +22,7 @@ ACTIVATION_GAPS = 0.3
 benchmarks/planner_memory.py, like the next two."""
 WEIGHT_GAPS = 1.2
 """The same of weights: products pack them, autocast rounds them, in every pass anew."""
-LIBRARIES = {"bf16-mixed": 50e6, "32-true": 20e6}
+LIBRARIES = {"bf16-mixed": 50e6, "32-true": 12e6}
 """Bytes that libraries take once training starts: oneDNN compiles a product for every shape."""
 
 
