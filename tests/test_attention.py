@@ -478,6 +478,7 @@ def test_a_shared_pair_longer_than_the_sliding_window_is_refused(
 def test_auto_takes_the_fastest_kernel_and_a_wish_is_checked():
     assert attention.choose_kernel("auto", device_type="cpu") == "sdpa"
     assert attention.choose_kernel("auto", device_type="cuda") in ("flash", "varlen")
+    assert attention.choose_kernel("auto", device_type="cuda", half=False) == "sdpa"
     assert attention.choose_kernel("varlen", device_type="cuda") == "varlen"
     with pytest.raises(UserError, match="attention=flash cannot run on this cpu"):
         attention.choose_kernel("flash", device_type="cpu")

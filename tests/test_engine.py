@@ -32,7 +32,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int, bf16: bool = True) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
-    properties = SimpleNamespace(total_memory=85_029_158_912)
+    properties = SimpleNamespace(total_memory=85_029_158_912, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
 
 
@@ -57,7 +57,8 @@ def test_a_gpu_is_taken_unless_the_config_says_cpu(monkeypatch: pytest.MonkeyPat
 
 def test_an_old_gpu_trains_in_float32(monkeypatch: pytest.MonkeyPatch):
     pretend(monkeypatch, gpus=1, bf16=False)
-    assert engine.resolve(Hardware()).precision == "32-true"
+    old = engine.resolve(Hardware())
+    assert (old.precision, old.kernel) == ("32-true", "sdpa")
 
 
 @pytest.mark.parametrize(

@@ -36,18 +36,25 @@ IMPLEMENTATIONS: dict[Kernel, str] = {
 }
 """Kernel -> what `attn_implementation` is called in transformers."""
 
+NEEDED_CAPABILITY = (8, 0)
+"""Of a GPU for flash attention: Ampere."""
+
 FLASH_SHARES_NOTHING = (
     "stage.share_prompt needs hardware.attention=varlen or sdpa, or set it to false"
 )
 
 
-def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False) -> Kernel:
+def choose_kernel(
+    wanted: str, *, device_type: str, shares_prompts: bool = False, half: bool = True
+) -> Kernel:
     """The best kernel that is there, or the wanted one.
 
     Args:
         wanted: a kernel, or `auto`.
         device_type: `cuda` or `cpu`.
         shares_prompts: whether rows will hold two answers to one prompt, which flash cannot do.
+        half: whether products are in half precision, the only one of flash and varlen; in float32
+            `auto` does not round.
 
     Raises:
         UserError: the wanted kernel cannot run here.
@@ -58,7 +65,7 @@ def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False
     if shares_prompts and wanted == "flash":
         raise UserError(FLASH_SHARES_NOTHING)
     if wanted == "auto":
-        return available[0]
+        return available[0] if half else "sdpa"
     if wanted not in available:
         raise UserError(
             f"hardware.attention={wanted} cannot run on this {device_type}: "
@@ -70,6 +77,8 @@ def choose_kernel(wanted: str, *, device_type: str, shares_prompts: bool = False
 def available_kernels(device_type: str) -> list[Kernel]:
     """Kernels that run on this device, fastest first."""
     if device_type != "cuda":
+        return ["sdpa"]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < NEEDED_CAPABILITY:
         return ["sdpa"]
     from transformers.utils.import_utils import is_flash_attn_2_available
 

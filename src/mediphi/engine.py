@@ -89,11 +89,17 @@ def resolve(hardware: Hardware, *, shares_prompts: bool = False, planning: bool 
     kind = "cuda" if on_gpu else "cpu"
     name = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()}-core CPU"
     memory = torch.cuda.get_device_properties().total_memory if on_gpu else None
+    precision = _precision(hardware.precision, on_gpu)
     return Device(
         type=kind,
         name=name,
-        precision=_precision(hardware.precision, on_gpu),
-        kernel=choose_kernel(hardware.attention, device_type=kind, shares_prompts=shares_prompts),
+        precision=precision,
+        kernel=choose_kernel(
+            hardware.attention,
+            device_type=kind,
+            shares_prompts=shares_prompts,
+            half=precision != "32-true",
+        ),
         loss_chunk_tokens=hardware.loss_chunk_tokens or LOSS_CHUNK_TOKENS[kind],
         memory_bytes=memory,
     )

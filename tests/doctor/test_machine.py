@@ -40,6 +40,15 @@ def test_a_container_s_limits_count(
     assert "takes about" in only(machine.memory, make_case(), "warning").found
 
 
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_a_model_that_is_split_still_takes_memory(strategy: str, make_case: MakeCase) -> None:
+    """As budget.py tells: an eighth of the state in each of eight processes of this machine."""
+    split = make_case("hardware.devices=8", f"hardware.strategy={strategy}")
+    found = only(machine.memory, split, "ok").found
+    told = float(found.rpartition("takes about ")[2].split()[0])
+    assert told == round(8 * split.budget().memory_bytes / 1e9, 1) > 0
+
+
 def test_memory_is_enough_for_the_small_model(make_case: MakeCase) -> None:
     assert only(machine.memory, make_case(), "ok")
 

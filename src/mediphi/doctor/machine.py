@@ -116,11 +116,7 @@ def memory(case: Case) -> Iterator[Finding]:
     free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
     place = "GPU" if on_gpu else "main"
     wanted = case.budget().memory_bytes
-    processes = hardware.devices
-    if hardware.strategy in ("zero3", "fsdp2"):
-        state = 16 * case.budget().num_parameters
-        wanted -= state - state // case.config.world_size
-    needed = wanted if on_gpu else wanted * processes
+    needed = wanted if on_gpu else wanted * hardware.devices
     text = (
         f"{free / GB:.1f} GB of {place} memory free; full-parameter training of "
         f"{case.budget().num_parameters:,} parameters takes about {needed / GB:.1f} GB"
