@@ -143,7 +143,7 @@ def test_the_mean_decides_not_the_sum(phi: PreTrainedTokenizerFast) -> None:
     [scored] = score([asked], tokenizer=phi, token_logps=by_table({yes: -1.5, no: -1.0}, -9.0))
     assert scored.option_logps == pytest.approx((-1.5, -1.0))
     assert (-1.5 > 4 * -1.0) and scored.prediction == 1
-    assert scored.scored() == ("q", "easy", 1.0, 0.5, None)
+    assert scored.scored() == ("q", "easy", 1.0, 0.5, None, None)
 
 
 def test_the_prompt_itself_is_not_scored(phi: PreTrainedTokenizerFast) -> None:
