@@ -1,6 +1,8 @@
 """What `hardware` comes down to, and how many processes there are."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +21,12 @@ from mediphi.config.schema import Hardware
 from mediphi.errors import Interrupted, MachineError, UserError
 from mediphi.interruption import interruptible
 from mediphi.process_group import join_processes
+from mediphi.run import run
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID"):
+    for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -195,9 +198,82 @@ def test_several_nodes_are_started_by_torchrun(monkeypatch: pytest.MonkeyPatch):
     assert not launch.needs_processes(nodes)
 
 
-def test_the_rank_is_the_starters_or_slurms(monkeypatch: pytest.MonkeyPatch):
-    assert launch.rank() == 0
+def test_a_plan_for_several_nodes_needs_no_other_process():
+    nodes = config(*TWO, "hardware.num_nodes=2", "check_only=true")
+    assert not launch.needs_processes(nodes)
+
+
+def test_the_rank_is_the_starters_and_never_slurms(monkeypatch: pytest.MonkeyPatch):
+    """Who is not rank 0 takes no lock, and a task of Slurm alone trains into the same folder."""
     monkeypatch.setenv("SLURM_PROCID", "3")
-    assert launch.rank() == 3
+    assert launch.rank() == 0
     monkeypatch.setenv("RANK", "1")
     assert launch.rank() == 1
+
+
+ONCE = (
+    ["hardware=cpu"],
+    ["hardware=cpu", "check_only=true"],
+    ["hardware=cpu", "stage=doctor"],
+    ["hardware=cpu", "hardware.slurm.hours=2"],
+    TWO,
+)
+
+
+@pytest.mark.parametrize("overrides", ONCE, ids=" ".join)
+def test_several_tasks_of_srun_are_refused_and_write_nothing(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match=r"hardware=slurm_.*torchrun") as error:
+        run(load(composed("corpus=medcode", *overrides)))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {},
+        {"SLURM_NTASKS": "4"},  # the shell of `salloc -n 4`, or a batch file
+        {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun -n 1 --pty
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2"},  # a task's torchrun
+    ],
+    ids=str,
+)
+def test_one_process_in_an_allocation_and_torchruns_ranks_pass(
+    around: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
+    launch.refuse_several_tasks()
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_without_enough_gpus_no_process_is_started(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pretend(monkeypatch, gpus=gpus)
+    program = tmp_path / "program.py"
+    program.write_text(f"open({str(tmp_path / 'started')!r}, 'w')")
+    monkeypatch.setattr("sys.argv", [str(program)])
+    with pytest.raises(UserError, match=f"hardware.devices=8 .*torch sees {gpus} GPUs") as error:
+        launch.run_in_processes(config("hardware=gpu8_ddp"))
+    assert "\n" not in str(error.value) and not (tmp_path / "started").exists()
+    pretend(monkeypatch, gpus=8)
+    with pytest.raises(SystemExit) as ended:
+        launch.run_in_processes(config("hardware=gpu8_ddp"))
+    assert ended.value.code == 0 and (tmp_path / "started").exists()
+
+
+PARENT = """
+import sys
+from mediphi.config.schema import Hardware
+from mediphi.launch import refuse_missing_gpus
+refuse_missing_gpus(Hardware(accelerator="cpu", devices=2))
+raise SystemExit("torch" in sys.modules)
+"""
+
+
+def test_a_parent_on_a_cpu_does_without_torch():
+    assert subprocess.run([sys.executable, "-c", PARENT], check=False).returncode == 0

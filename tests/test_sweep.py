@@ -58,6 +58,15 @@ def test_every_point_is_judged_and_a_shared_problem_told_once() -> None:
     )
 
 
+def test_the_doctor_is_no_point_of_a_sweep() -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned("stage=doctor", "seed=0,1")
+    (line,) = caught.value.lines
+    assert line.startswith("stage=doctor: ") and line.endswith("run it without -m")
+    with pytest.raises(ConfigError, match=r"without -m \[point stage=doctor\]"):
+        planned("stage=pit,doctor")
+
+
 def test_points_that_would_share_a_directory_are_refused() -> None:
     with pytest.raises(ConfigError, match="would share it"):
         planned("seed=0,1", "name=mine")
@@ -92,9 +101,9 @@ def test_a_failed_job_does_not_stop_the_others(
         run_sweep(sweep, command=python("print('trying'); assert seed != 1, 'one is odd'"))
     assert caught.value.code == 1
     assert list(_rows(sweep).values()) == [
-        "done",
+        "checked",
         "failed",
-        "done",
+        "checked",
     ]
     assert "exit 1: AssertionError: one is odd" in capsys.readouterr().out
 
@@ -104,6 +113,16 @@ def test_a_job_without_a_manifest_is_not_done(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run_sweep(sweep, command=python("pass"))
     assert set(_rows(sweep).values()) == {"failed"}
+
+
+def test_a_checked_point_is_told_from_a_run_and_names_the_log_with_its_plan(
+    tmp_path: Path,
+) -> None:
+    sweep = toy(tmp_path, "seed=0,1", "check_only=true")
+    rows = run_sweep(sweep, command=python("print(f'plan of {seed}')"))
+    assert [row.status for row in rows] == ["checked", "checked"]
+    assert [Path(row.run_dir).read_text() for row in rows] == ["plan of 0\n", "plan of 1\n"]
+    assert [row.metric for row in rows] == ["", ""]
 
 
 SIDE_BY_SIDE = """
@@ -298,6 +317,24 @@ def test_a_signal_stops_the_job_and_the_sweep(number: signal.Signals, tmp_path: 
     assert (tmp_path / f"stopped_{int(number)}").exists()
     assert set(statuses(tmp_path).values()) == {"stopped"}
     assert len(attempts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+    ],
+    ids=["rank 0", "rank 1", "a task of srun"],
+)
+def test_a_sweep_is_started_once_and_not_by_every_rank(
+    around: dict[str, str], tmp_path: Path
+) -> None:
+    code, out, err = finish(start(tmp_path, "-m", "seed=0,1", **around))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {next(iter(around))}=2: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bad_point_keeps_every_job_from_starting(tmp_path: Path) -> None:

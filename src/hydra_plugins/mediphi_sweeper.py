@@ -29,8 +29,11 @@ class ProcessSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Plan, run, print the table; ends in `SystemExit` when a job failed or a signal came."""
         from mediphi.cluster import wanted
+        from mediphi.launch import one_voice, refuse_sweep_in_ranks
         from mediphi.sweep import expand, plan, run_sweep, submit_sweep
 
+        with one_voice():
+            refuse_sweep_in_ranks()
         chosen = [f"{key}={value}" for key, value in self.params.items()]
         planned = plan(
             self.config_loader,

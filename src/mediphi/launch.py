@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
-from mediphi.config.schema import Config
+from mediphi.config.schema import Config, Hardware
 from mediphi.errors import MachineError, UserError
 
 SPEAK_AFTER = 6.0
@@ -40,8 +40,41 @@ class RunResult(NamedTuple):
 
 
 def rank() -> int:
-    """Global rank of this process as its starter or Slurm tell it, 0 alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    """Global rank of this process as torchrun or `Workers` tell it, 0 alone.
+
+    Slurm's own number does not count: its tasks are no process group, each would train by itself.
+    """
+    return int(os.environ.get("RANK", "0"))
+
+
+def refuse_several_tasks() -> None:
+    """`srun -n 2 python train.py` would be two runs in one run directory.
+
+    The step's tasks are counted: `SLURM_NTASKS` also stands in the one shell of `salloc -n 2`.
+
+    Raises:
+        UserError: srun started this as one of several, and no torchrun stands between.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: this program is started once; take hardware=slurm_..., "
+            "or one task a node that runs python -m mediphi.torchrun ... train.py ..."
+        )
+
+
+def refuse_sweep_in_ranks() -> None:
+    """Every rank would run the whole sweep.
+
+    Raises:
+        UserError: this is one of several processes, or started by torchrun.
+    """
+    refuse_several_tasks()
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: a sweep starts the processes of its points by "
+            "itself; run it without torchrun, with hardware.devices=..."
+        )
 
 
 def needs_processes(config: Config) -> bool:
@@ -49,7 +82,7 @@ def needs_processes(config: Config) -> bool:
 
     Raises:
         UserError: started by torchrun with another number of processes than the config says, or
-            several nodes without torchrun.
+            a training on several nodes without torchrun.
     """
     if "WORLD_SIZE" in os.environ:
         if int(os.environ["WORLD_SIZE"]) != config.world_size:
@@ -58,25 +91,46 @@ def needs_processes(config: Config) -> bool:
                 f"hardware.devices x hardware.num_nodes = {config.world_size}: make them equal"
             )
         return False
+    if config.check_only:
+        return False
     if config.hardware.num_nodes > 1:
         raise UserError(
             f"hardware.num_nodes={config.hardware.num_nodes}: take hardware=slurm_..., or start it "
             f"on every node by torchrun --nnodes {config.hardware.num_nodes} "
             f"--nproc-per-node {config.hardware.devices} train.py ..."
         )
-    return config.world_size > 1 and not config.check_only
+    return config.world_size > 1
 
 
 def run_in_processes(config: Config) -> NoReturn:
     """Run the same command line once per device, and leave with the exit code of the first failure.
 
     Raises:
-        SystemExit: always.
+        UserError: fewer GPUs than asked for.
+        SystemExit: always else.
     """
+    refuse_missing_gpus(config.hardware)
     sys.stdout.flush()
     with Workers(config.hardware.devices) as workers:
         code = workers.wait()
     raise SystemExit(code)
+
+
+def refuse_missing_gpus(hardware: Hardware) -> None:
+    """Ask before any process is started: each would find out after all of its imports.
+
+    Raises:
+        UserError: torch sees fewer GPUs than were asked for by `accelerator=gpu`.
+    """
+    if hardware.accelerator != "gpu":
+        return  # a parent on a CPU does without torch
+    import torch
+
+    if (count := torch.cuda.device_count()) < hardware.devices:
+        raise UserError(
+            f"hardware.devices={hardware.devices} and accelerator=gpu: torch sees {count} GPUs; "
+            "take as many as there are, or hardware=cpu"
+        )
 
 
 class Workers:

@@ -25,6 +25,7 @@ def run(config: Config) -> RunResult:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal came.
     """
+    launch.refuse_several_tasks()
     if isinstance(config.stage, DoctorStage):
         return _doctor(config)
     job = cluster.own_job()
@@ -34,7 +35,8 @@ def run(config: Config) -> RunResult:
     if not looks_finished:
         if (slurm := cluster.wanted(config)) is not None:
             cluster.submit(config, slurm, [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
-            return RunResult(None, run_dir(config))
+            if not config.check_only:  # the plan comes below the file
+                return RunResult(None, run_dir(config))
         if launch.needs_processes(config):
             launch.run_in_processes(config)
     with launch.one_voice(), interruptible(), ExitStack() as stack:

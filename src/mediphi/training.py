@@ -11,6 +11,8 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from mediphi import engine, tracking
 from mediphi.artifacts import (
     check_data,
@@ -69,12 +71,14 @@ def train(config: Config) -> RunResult:
         Interrupted: a signal came; the state is saved.
     """
     silence_lightning()
+    rank_zero_only.rank = rank()  # Lightning's loggers would take Slurm's number for it
     engine.limit_threads(config.hardware)
     join_processes(config.hardware)
     with engine.failing_alone(config.hardware):
         run = _set_up(config)
         if config.check_only:
-            show_plan(Planner(run), free_bytes=free_space(run.folder))
+            if rank() == 0:
+                show_plan(Planner(run), free_bytes=free_space(run.folder))
             return RunResult(None, run.folder)
         return _train(run)
 
@@ -112,11 +116,17 @@ def _planned_folder(config: Config) -> str:
         check_weights(folder)
         verified_parent(Path(folder))
     except UserError as error:
-        print(f"weights     a run would end with: {error}")
+        _tell(f"weights     a run would end with: {error}")
         if not Path(folder).is_dir() and model.architecture:
-            print(f"weights     planned from config and tokenizer in {model.architecture}")
+            _tell(f"weights     planned from config and tokenizer in {model.architecture}")
             return model.architecture
     return folder
+
+
+def _tell(line: str) -> None:
+    """Once, whatever the number of processes."""
+    if rank() == 0:
+        print(line, flush=True)
 
 
 def _refuse_hopeless(run: Training) -> None:
@@ -135,8 +145,7 @@ def _refuse_hopeless(run: Training) -> None:
     )
     if run.device.type == "cuda":
         raise UserError(f"hardware.strategy={run.config.hardware.strategy}: {told}")
-    if rank() == 0:
-        print(f"memory      {told}", flush=True)
+    _tell(f"memory      {told}")
 
 
 def _train(run: Training) -> RunResult:

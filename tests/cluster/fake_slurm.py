@@ -99,12 +99,10 @@ def srun(arguments: list[str]) -> int:
     words = [a for a in arguments if a.startswith("--")]
     (nodes,) = [int(a.partition("=")[2]) for a in words if a.startswith("--nodes=")]
     command = arguments[len(words) :]
-    tasks = [
-        subprocess.Popen(
-            command, env=os.environ | {"SLURM_NODEID": str(i), "SLURMD_NODENAME": "localhost"}
-        )
-        for i in range(nodes)
-    ]
+    step = {"SLURMD_NODENAME": "localhost"}
+    step |= dict.fromkeys(("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), str(nodes))
+    places = [{"SLURM_NODEID": str(i), "SLURM_PROCID": str(i)} for i in range(nodes)]
+    tasks = [subprocess.Popen(command, env=os.environ | step | place) for place in places]
     (STATE / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
     return max(code if (code := task.wait()) >= 0 else 128 - code for task in tasks)
 

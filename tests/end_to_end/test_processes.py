@@ -62,6 +62,17 @@ def test_a_resumed_run_of_two_is_bitwise_the_undisturbed_one_and_torchrun_announ
     assert ended.code == 0 and ended.out.count("sha256") == 1, ended
 
 
+def test_under_torchrun_one_rank_prints_the_plan(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_run, "PYTHON", TORCHRUN)
+    weightless = ["model.init=pretrained", f"model.path={place.assets / 'model'}"]
+    ended = place.program(*RUN, *weightless, "check_only=true").wait()
+    assert ended.code == 0, ended
+    for line in ("a run would end with", "parameters ", "device ", "check only:"):
+        assert ended.out.count(line) == 1, ended
+
+
 @pytest.mark.parametrize(
     ("broken", "content"),
     [  # rank 0 reads the first, both read the second

@@ -7,6 +7,8 @@ import fake_slurm
 import pytest
 from end_to_end.tiny_run import CODES, DAPT, Child, Place, checkpoints, wait_for, weights
 
+from mediphi.artifacts import verify
+
 RUN = [*DAPT, *CODES, "hardware.accelerator=cpu", "stage.neftune_alpha=5"]
 NODES = ["hardware.num_nodes=2", "hardware.slurm.hours=1"]
 
@@ -22,6 +24,34 @@ def cluster(place: Place) -> Path:
 def life(cluster: Path, place: Place, *, restarts: int = 0) -> Child:
     log = cluster / "41" / "life.log"
     return Child(fake_slurm.life(cluster, "41", restarts=restarts), log, log)
+
+
+def test_slurms_number_of_a_task_is_not_the_rank(place: Place) -> None:
+    """The run is held and logged by its only process, whatever that is called."""
+    ended = place.program(*RUN, SLURM_PROCID="1").wait()
+    assert ended.code == 0, ended
+    verify(place.run_dir("dapt"))
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        ["hardware=slurm_2xh100x8_fsdp2"],
+        ["hardware=h100x8_fsdp2", "hardware.num_nodes=2"],
+        ["hardware=cpu", "hardware.devices=8", *NODES],
+    ],
+    ids=lambda words: words[0],
+)
+def test_several_nodes_are_planned_without_slurm_or_torchrun(
+    hardware: list[str], place: Place, cluster: Path
+) -> None:
+    ended = place.run(*DAPT, *CODES, *hardware, "stage.global_batch=32", "check_only=true")
+    assert ended.code == 0, ended
+    file, first, page = ended.out.rpartition("parameters  ")
+    assert first and "device      16 x " in page and page.count("check only:") == 1, ended
+    is_job = "slurm" in " ".join(hardware)
+    assert file.startswith("#!/bin/bash\n") == is_job == ("#SBATCH --nodes=2\n" in file)
+    assert not place.runs.exists() and not (cluster / "calls").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from mediphi.config import Config, check, run_dir
+from mediphi.config.stages import DoctorStage
 from mediphi.door.compose import compose, diagnose
 from mediphi.door.enter import forced
 from mediphi.errors import ConfigError
@@ -65,6 +66,8 @@ def plan(loader: ConfigLoader, *, config_name: str, points: Sequence[tuple[str, 
     problems: dict[str, list[str]] = {}
     for overrides, label in zip(points, labels, strict=True):
         config, lines = _judge(loader, config_name, overrides)
+        if config is not None and isinstance(config.stage, DoctorStage):
+            lines = ["stage=doctor: trains nothing that a sweep could compare; run it without -m"]
         for text in lines:
             problems.setdefault(text, []).append(label)
         if config is not None:

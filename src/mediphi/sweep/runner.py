@@ -125,7 +125,9 @@ def _run_point(point: Point, sweep: Plan, index: int, *, start: Command, stop: S
         return row(point, "stopped")
     if code:
         return row(point, "failed", f"exit {code}: {_last_line(log)}")
-    if not point.config.check_only and not _finished(point):
+    if point.config.check_only:  # its page is in the log, and there is no run directory
+        return Row(point.label, "checked", "", None, str(log), "")
+    if not _finished(point):
         return row(point, "failed", "ended without a manifest")
     return row(point, "done")
 

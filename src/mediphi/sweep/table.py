@@ -15,7 +15,10 @@ HEADER = ("point", "status", "objective", "value", "heldout/loss", "run", "error
 
 
 class Row(NamedTuple):
-    """One point's outcome: `done`, `skipped`, `queued`, `failed` or `stopped`."""
+    """One point's outcome: `done`, `checked`, `skipped`, `queued`, `failed` or `stopped`.
+
+    `run_dir` of a checked point is the log that has its plan.
+    """
 
     label: str
     status: str
@@ -90,7 +93,7 @@ def show(rows: Sequence[Row]) -> None:
     from rich.text import Text
 
     colours = {"done": "green", "skipped": "cyan", "failed": "red", "stopped": "yellow"}
-    colours["queued"] = "blue"
+    colours |= {"queued": "blue", "checked": "green"}
     table = Table(*HEADER)
     for row in rows:
         table.add_row(*map(Text, row.cells()), style=colours[row.status])
