@@ -54,6 +54,7 @@ CONFIGURATIONS: dict[str, tuple[str | None, list[str]]] = {
     "768 fp32 recomputed": ("768", [*PIT, FP32, "hardware.activation_checkpointing=true"]),
     "512 DDP": ("512", [*PIT, BF16, *TWO]),
     "512 FSDP2": ("512", [*PIT, BF16, *TWO, "hardware.strategy=fsdp2"]),
+    "512 ZeRO-3": ("512", [*PIT, BF16, *TWO, "hardware.strategy=zero3"]),
 }
 """Name -> model size (None: tiny as it is), overrides."""
 

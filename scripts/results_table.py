@@ -52,6 +52,7 @@ COLUMNS = {
         "method documents recall precision documents_per_cpu_s cpu_ratio_to_mediphi "
         "cpu_ratio_spread peak_memory_bytes_per_document minutes_for_2_5_million"
     ),
+    "planner_memory": "configuration predicted_mib measured_mib ratio predicted_s measured_s",
     "sft_step": (
         "precision peer wall_ratio wall_ratio_spread cpu_ratio flops_ratio memory_ratio "
         "tokens_per_s_ours tokens_per_s_theirs "
@@ -257,6 +258,7 @@ def _cell(value: Any) -> str:
 
 def _context(line: Line) -> str:
     """Machine, data and versions of a benchmark, as a line of it has them."""
+    line = {**line, **line.get("environment", {})}
     told = [f"{_words(name)} {line[name]}" for name in CONTEXT[:-1] if name in line]
     versions = dict(line.get("versions", {}))
     versions |= {k: v for k, v in line.items() if k not in CONTEXT and _is_version(v)}

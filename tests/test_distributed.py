@@ -50,6 +50,8 @@ def test_two_processes_give_one_processs_weights_and_metrics(tmp_path: Path):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert theirs[name] == pytest.approx(value, rel=1e-5), name
+    # gradients lie in DDP's few buckets, and not in tensors of their own besides
+    assert all(0 < held < trained / 2 for held, trained in first["buckets"]), first["buckets"]
     # a checkpoint of rank 0 holds what both have summed
     for name, total in meters.saved.items():
         torch.testing.assert_close(first["saved"][name], total, rtol=1e-5, atol=1e-9)

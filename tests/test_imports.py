@@ -16,6 +16,7 @@ ALLOWED = {
     "errors": set(),
     "records": set(),
     "hub": set(),
+    "resources": set(),
     "batches": {"records"},
     "config": {"records", "errors"},
     "artifacts": {"errors"},
@@ -37,7 +38,7 @@ ALLOWED = {
 }
 """What a room may import besides itself; a room not named here is wiring and may import all."""
 
-LIGHT = {"errors", "records", "config", "artifacts", "door", "cluster", "sweep"}
+LIGHT = {"errors", "records", "resources", "config", "artifacts", "door", "cluster", "sweep"}
 HEAVY = {"torch", "transformers", "lightning", "datasets", "numpy", "pyarrow", "wandb", "jaxtyping"}
 
 

@@ -1,6 +1,8 @@
 """Sizes of the model, without its weights, and what follows from them: FLOPs, state, disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +16,14 @@ from mediphi.config.stages import ChatStage, DpoStage
 from mediphi.engine import Device, training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
-
-BYTES_PER_TRAINED = 12
-"""Gradient and AdamW's two moments, float32, besides the weight."""
+from mediphi.strategies.memory import FLOAT32, Sizes, added, layer_sizes, reserved, splits
 
 KEPT_BYTES = {"32-true": (44, 16), "bf16-mixed": (30, 8)}
 """What a layer keeps for backward of a token: bytes for each unit of its hidden state, and of its
 feed-forward state. Autocast leaves the residual stream and the norms in float32."""
 
 USABLE = 0.9
-"""Share of a GPU's memory that tensors may fill; the rest goes to kernels and gaps."""
+"""Share of a GPU's memory that may be filled by the estimate; the rest is for what it misses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +106,16 @@ def estimate(folder: str, *, config: Config, device: Device) -> Budget:
             model = AutoModelForCausalLM.from_config(model_config)
     except Exception as error:  # a config's numbers can be wrong in any way
         raise UserError(f"model {folder}: no model fits config.json; {_reason(error)}") from None
-    num_parameters = sum(p.numel() for p in model.parameters())
+    layers = layer_sizes(model)
+    num_parameters = layers["parameters"]
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     num_matmul = sum(m.weight.numel() for m in linear)
     num_adapter = _num_adapter_parameters(model, config)
     trained = num_adapter or num_parameters
+    sizes = Sizes(trained=trained, **layers)
     state = trained * 12  # weights and AdamW's two moments
-    counts = {"weights": num_parameters, "products": num_matmul, "trained": trained}
-    fixed = _parameter_bytes(config, device, **counts)
-    fixed += 3 * device.loss_chunk_tokens * model_config.vocab_size * 4
-    recomputed = _recomputed_layers(model_config, config, device, fixed=fixed)
+    memory = partial(_memory_bytes, model_config, config, device, sizes=sizes, products=num_matmul)
+    recomputed = _recomputed_layers(model_config.num_hidden_layers, config, device, memory=memory)
     keep = config.hardware.checkpoints.keep
     return Budget(
         model_config=model_config,
@@ -124,7 +124,7 @@ def estimate(folder: str, *, config: Config, device: Device) -> Budget:
         num_head_parameters=model_config.vocab_size * model_config.hidden_size,
         num_adapter_parameters=num_adapter,
         weights_dtype=_dtype(model_config),
-        memory_bytes=fixed + _activations(model_config, config, device, recomputed=recomputed),
+        memory_bytes=int(memory(recomputed=recomputed)),
         disk_bytes=state * (keep + 1) + 2 * num_parameters * 4,
         recomputed_layers=recomputed,
     )
@@ -151,42 +151,71 @@ def _dtype(model_config: Any) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _parameter_bytes(
-    config: Config, device: Device, *, weights: int, products: int, trained: int
+def _memory_bytes(
+    model_config: Any,
+    config: Config,
+    device: Device,
+    *,
+    sizes: Sizes,
+    products: int,
+    recomputed: int,
+) -> float:
+    """Of one process, by the items of `planning.memory`."""
+    hardware = config.hardware
+    state = FLOAT32 * (sizes.parameters + 3.0 * sizes.trained)  # gradients, AdamW's two moments
+    rounded = 2.0 * products if device.precision == "bf16-mixed" else 0.0
+    if splits(hardware.strategy):
+        state, rounded = state / config.world_size, 0.0
+    if hardware.offload:
+        state = 0.0
+    kept = _activations(model_config, config, device, recomputed=recomputed)
+    largest = max(
+        _loss_bytes(model_config, config, device, sizes=sizes),
+        _layer_bytes(model_config, config, device) if recomputed else 0,  # one at a time comes back
+    )
+    items = added(sizes, strategy=hardware.strategy, precision=device.precision)
+    passing = rounded + kept + largest + sum(items.values())
+    reference = FLOAT32 * sizes.parameters * (_num_copies(config) - 1)
+    around = reserved(passing) if device.type == "cuda" else 0.0
+    return state + reference + passing + around
+
+
+def _recomputed_layers(
+    layers: int, config: Config, device: Device, *, memory: Callable[..., float]
 ) -> int:
-    """Weights, what autocast rounds of them once a pass, gradients and moments of one process."""
-    rounded = 2 * products if device.precision == "bf16-mixed" else 0
-    own = 4 * weights + rounded + BYTES_PER_TRAINED * trained
-    if config.hardware.strategy in ("zero3", "fsdp2"):
-        own //= config.world_size
-    elif config.world_size > 1:
-        own += 4 * trained  # DDP sends gradients from buffers of its own
-    return own + 4 * weights * (_num_copies(config) - 1)
-
-
-def _recomputed_layers(model_config: Any, config: Config, device: Device, *, fixed: int) -> int:
-    """As few as leave room beside the `fixed` bytes, unless the config says all or none."""
-    layers, wanted = model_config.num_hidden_layers, config.hardware.activation_checkpointing
+    """As few as the device has room for, unless the config says all or none."""
+    wanted = config.hardware.activation_checkpointing
     if wanted is not None:
         return layers if wanted else 0
     if device.memory_bytes is None:
         return 0
-    room = USABLE * device.memory_bytes - fixed
-    counts = (
-        n for n in range(layers) if _activations(model_config, config, device, recomputed=n) <= room
-    )
-    return next(counts, layers)
+    room = USABLE * device.memory_bytes
+    return next((n for n in range(layers) if memory(recomputed=n) <= room), layers)
 
 
 def _activations(model_config: Any, config: Config, device: Device, *, recomputed: int) -> int:
-    """Bytes of activations of one micro-batch; of a recomputed layer only its input is kept."""
-    tokens = config.hardware.micro_batch * config.stage.max_length
-    hidden, per_hidden = model_config.hidden_size, KEPT_BYTES[device.precision]
-    per_layer = tokens * (per_hidden[0] * hidden + per_hidden[1] * model_config.intermediate_size)
-    kept = (model_config.num_hidden_layers - recomputed) * per_layer
-    if not recomputed:
-        return kept
-    return kept + recomputed * tokens * hidden * 4 + per_layer  # one at a time comes back
+    """Kept of one micro-batch for backward; of a recomputed layer only its input."""
+    kept = model_config.num_hidden_layers - recomputed
+    inputs = recomputed * _tokens(config) * model_config.hidden_size * FLOAT32
+    return kept * _layer_bytes(model_config, config, device) + inputs
+
+
+def _layer_bytes(model_config: Any, config: Config, device: Device) -> int:
+    per_hidden, per_intermediate = KEPT_BYTES[device.precision]
+    widths = per_hidden * model_config.hidden_size
+    return _tokens(config) * (widths + per_intermediate * model_config.intermediate_size)
+
+
+def _loss_bytes(model_config: Any, config: Config, device: Device, *, sizes: Sizes) -> int:
+    """A chunk's logits and what comes of them, the head's gradient, and that of hidden states."""
+    chunk, hidden = min(device.loss_chunk_tokens, _tokens(config)), model_config.hidden_size
+    is_trained = sizes.trained > sizes.root  # else adapters
+    head = hidden * model_config.vocab_size * (6 if is_trained else 0)  # in float32 and bfloat16
+    return 3 * FLOAT32 * chunk * model_config.vocab_size + head + 8 * _tokens(config) * hidden
+
+
+def _tokens(config: Config) -> int:
+    return config.hardware.micro_batch * config.stage.max_length
 
 
 def _reason(error: Exception) -> str:

@@ -77,9 +77,9 @@ def resolve(hardware: Hardware, *, shares_prompts: bool = False, planning: bool 
         UserError: asked for what is not there.
     """
     cuda = torch.cuda.is_available()
+    if planning and _is_elsewhere(hardware, cuda=cuda):
+        return _absent(hardware, shares_prompts=shares_prompts)
     if hardware.accelerator == "gpu" and not cuda:
-        if planning:
-            return _absent(hardware, shares_prompts=shares_prompts)
         raise UserError("hardware.accelerator=gpu, but torch sees no CUDA device: use hardware=cpu")
     on_gpu = cuda and hardware.accelerator != "cpu"
     if on_gpu and hardware.devices > torch.cuda.device_count() and not planning:
@@ -105,8 +105,15 @@ def resolve(hardware: Hardware, *, shares_prompts: bool = False, planning: bool 
     )
 
 
+def _is_elsewhere(hardware: Hardware, *, cuda: bool) -> bool:
+    """Whether the GPU that is planned for is another one than this machine's."""
+    if hardware.planned_gpu is None:
+        return hardware.accelerator == "gpu" and not cuda
+    return not cuda or data_sheet(torch.cuda.get_device_name()) != GPUS[hardware.planned_gpu]
+
+
 def _absent(hardware: Hardware, *, shares_prompts: bool) -> Device:
-    """A GPU that a run is planned for on a machine without one."""
+    """A GPU that a run is planned for on a machine that has none, or another one."""
     if hardware.planned_gpu is None:
         raise UserError(
             "hardware.planned_gpu=null: no GPU here to plan for; name one of "

@@ -9,6 +9,7 @@ import pytest
 from doctor_cases import ignore_boundaries, only
 from transformers import AttentionInterface
 
+from mediphi import resources
 from mediphi.doctor import kernels, machine, ranks
 
 MakeCase = Callable
@@ -29,13 +30,13 @@ def test_more_threads_than_cores_are_told(make_case: MakeCase) -> None:
 def test_a_container_s_limits_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_case: MakeCase
 ) -> None:
-    free = machine.available_memory()
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    assert machine.num_cores() == len(os.sched_getaffinity(0))
+    free = resources.free_memory()
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    assert resources.num_cores() == len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert (machine.num_cores(), machine.available_memory()) == (1, 2_000_000)
+    assert (resources.num_cores(), resources.free_memory()) == (1, 2_000_000)
     assert free > 2_000_000
     assert "takes about" in only(machine.memory, make_case(), "warning").found
 
@@ -47,6 +48,22 @@ def test_a_model_that_is_split_still_takes_memory(strategy: str, make_case: Make
     found = only(machine.memory, split, "ok").found
     told = float(found.rpartition("takes about ")[2].split()[0])
     assert told == round(8 * split.budget().memory_bytes / 1e9, 1) > 0
+
+
+def test_a_jobs_own_group_counts_and_files_kept_in_memory_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(resources, "OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/slurm/job_7/step_0\n")
+    job = tmp_path / "cgroup" / "slurm" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    (job / "step_0" / "memory.max").write_text("max\n")
+    (job / "memory.max").write_text("5000000\n")
+    (job / "memory.current").write_text("4000000\n")
+    (job / "memory.stat").write_text("anon 1000000\ninactive_file 2000000\n")
+    (job / "cpu.max").write_text("100000 100000\n")
+    assert (resources.num_cores(), resources.free_memory()) == (1, 3_000_000)
 
 
 def test_memory_is_enough_for_the_small_model(make_case: MakeCase) -> None:

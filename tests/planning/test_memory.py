@@ -4,9 +4,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from composing import composed
 from small_models import ASSETS, packed, random_documents
 
+from mediphi import engine
 from mediphi.backbone import BackboneSpec
 from mediphi.budget import estimate
 from mediphi.config import Config, load
@@ -16,6 +18,8 @@ from mediphi.modules.language_model import LanguageModelModule
 from mediphi.planning.dry_run import Footprint, dry_run
 from mediphi.planning.memory import Memory, least_state, memory_of
 from mediphi.records import PIECE_KINDS
+from mediphi.strategies.memory import Sizes, added
+from mediphi.strategies.zero3 import Zero3Strategy
 
 STATE = ("weights", "gradients", "moments")
 
@@ -120,3 +124,61 @@ def test_phi35_mini_is_planned_without_its_61_gigabytes():
     items = memory(found).items
     assert sum(items[item] for item in STATE) == pytest.approx(61.14e9, rel=1e-3)
     assert found.parameters == 3_821_079_552
+
+
+EIGHT = ("hardware.accelerator=gpu", "hardware.devices=8")
+STRATEGIES = [
+    ("hardware.strategy=ddp",),
+    ("hardware.strategy=fsdp2",),
+    ("hardware.strategy=zero3",),
+    ("hardware.strategy=zero3", "hardware.offload=true"),
+]
+
+
+@pytest.mark.parametrize("name", ["H100", "H200"])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda words: words[-1])
+def test_the_estimate_that_steers_recomputation_agrees_with_the_dry_run(
+    strategy: tuple[str, ...], name: Any
+):
+    """Phi-3.5-mini, a full row of 4,096 tokens: as many layers as the run itself recomputes."""
+    device = Device("cuda", name, "bf16-mixed", "varlen", 2048, engine.GPUS[name].memory)
+    chosen = config("hardware.micro_batch=1", "stage.max_length=4096", *EIGHT, *strategy)
+    budget = estimate(str(ASSETS / "phi35_mini"), config=chosen, device=device)
+    planned = memory_of(phi_footprint(budget.recomputed_layers), config=chosen, device=device)
+    assert budget.memory_bytes == pytest.approx(planned.total, rel=0.1)
+    assert planned.total <= 0.95 * engine.GPUS[name].memory
+
+
+def test_phi35_mini_fits_on_eight_gpus_with_80_gigabytes_under_ddp():
+    chosen = config("hardware=gpu8_ddp", "stage.max_length=4096")
+    device = Device("cuda", "H100", "bf16-mixed", "varlen", 2048, engine.GPUS["H100"].memory)
+    budget = estimate(str(ASSETS / "phi35_mini"), config=chosen, device=device)
+    planned = memory_of(phi_footprint(budget.recomputed_layers), config=chosen, device=device)
+    assert planned.total <= engine.GPUS["H100"].memory
+
+
+@cache
+def phi_footprint(recomputed: int) -> Footprint:
+    folder = str(ASSETS / "phi35_mini")
+    return dry_run(
+        lambda: module(folder, recomputed_layers=recomputed, loss_chunk_tokens=2048),
+        packed(random_documents([4096])),
+        mixed=True,
+        accumulates=True,
+    )
+
+
+def test_the_planned_bucket_is_the_one_that_deepspeed_is_told():
+    strategy = Zero3Strategy(device_type="cpu")
+    strategy.parallel_devices = [torch.device("cpu")]
+    strategy._format_config()
+    assert isinstance(strategy.config, dict)
+    told = strategy.config["zero_optimization"]["reduce_bucket_size"]
+    large = Sizes(parameters=10**9, trained=10**9, largest_layer=1, root=1)
+    buckets = added(large, strategy="zero3", precision="32-true")["buckets"]
+    assert buckets == 2 * 4 * told
+
+
+def test_ddp_keeps_gradients_once():
+    alone, eight = (memory(footprint(), *words).items for words in ((), EIGHT))
+    assert alone == eight

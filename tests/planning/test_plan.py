@@ -1,9 +1,13 @@
 """The plan of a run: the page, changes that would make it fit, and what is refused."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from composing import composed
@@ -14,7 +18,7 @@ from mediphi import engine, training
 from mediphi.config import load
 from mediphi.config.schema import GpuName
 from mediphi.engine import Device
-from mediphi.errors import UserError
+from mediphi.errors import ConfigError, UserError
 from mediphi.phases import Training
 from mediphi.planning import plan
 from mediphi.planning.page import advice, show_plan
@@ -74,6 +78,35 @@ def test_changes_are_the_overrides_that_a_user_would_type():
             )
         )
         assert with_change(config, change) == typed
+
+
+SPLITTABLE = ("hardware=gpu8_ddp", "stage.global_batch=64")
+REFUSED_ALONE = [
+    ("stage=sft", "corpus=mediflow", "hardware.compile=true"),
+    ("stage=dpo", "corpus=mediflow_dpo", "stage.reference=live"),
+]
+
+
+@pytest.mark.parametrize("choice", REFUSED_ALONE, ids=lambda words: words[-1])
+def test_every_change_is_one_that_the_schema_takes(choice: tuple[str, ...]):
+    config = load(composed(*choice, *SPLITTABLE))
+    assert with_change(config, {"hardware.strategy": "fsdp2"}) is None
+    named = list(changes(config, recomputes_all=False))
+    assert any(change.get("hardware.strategy") == "fsdp2" for change in named)
+    for change in named:
+        words = advice(change).removeprefix("it would with ").split()
+        typed = load(composed(*choice, *SPLITTABLE, *words))
+        assert with_change(config, change) == typed
+
+
+def test_without_the_live_reference_its_bytes_are_gone(tmp_path: Path):
+    model = write_small_folder(tmp_path / "model")
+    planner = Planner(set_up(tmp_path, "dpo", "stage.reference=live", model=model))
+    cached = planner.changed({"stage.reference": "cached"})
+    assert cached is not None
+    live, without = planner.plan().memory.items, planner.plan(cached).memory.items
+    assert live["reference"] == pytest.approx(live["weights"], rel=1e-3)
+    assert "reference" not in without
 
 
 def test_the_page_holds_every_item_and_its_sum(run: Training, capsys: pytest.CaptureFixture[str]):
@@ -153,3 +186,81 @@ def test_phi35_mini_on_eight_h100_is_planned_without_weights_network_or_gpu(tmp_
     assert "3,821,079,552" in ended.stdout and "8 x H100" in ended.stdout
     assert "a run would end with: model.path=" in ended.stdout  # no weights there
     assert not (tmp_path / "runs").exists()
+
+
+def pretend_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    properties = SimpleNamespace(total_memory=150_000_000_000)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: properties)
+
+
+def planned(*overrides: str) -> Device:
+    return engine.resolve(load(composed(*overrides)).hardware, planning=True)
+
+
+@pytest.mark.parametrize("hardware", ["hardware=auto", "hardware=gpu"])
+def test_the_gpu_that_is_named_is_planned_for_wherever_that_is(
+    hardware: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert planned(hardware, "hardware.planned_gpu=H100").name == "H100"
+    pretend_h200(monkeypatch)
+    other = planned(hardware, "hardware.planned_gpu=H100")
+    assert (other.name, other.memory_bytes, other.is_here) == ("H100", 80e9, False)
+    for words in ((), ("hardware.planned_gpu=H200",)):
+        assert planned(hardware, *words).is_here
+
+
+def test_a_gpu_cannot_be_planned_for_on_the_cpu():
+    with pytest.raises(ConfigError, match=r"hardware\.planned_gpu.*accelerator=cpu"):
+        load(composed("hardware=cpu", "hardware.planned_gpu=H100"))
+
+
+def test_a_containers_limit_counts_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mediphi.resources.CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    config = load(composed("hardware=cpu", "hardware.devices=2", "hardware.micro_batch=1"))
+    cpu = Device("cpu", "CPU", "32-true", "sdpa")
+    assert plan.available_memory(cpu, config=config) == 1_000_000
+
+
+PAGES = re.findall(
+    r"```bash\n(python train\.py [^\n]*check_only=true)\n```\n\n```\n(.*?)```",
+    (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)
+
+
+def test_the_docs_show_a_plan_that_fits_and_one_that_does_not():
+    assert ["DOES NOT FIT" in page for _, page in PAGES] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "page"), PAGES)
+def test_a_plan_in_the_docs_is_what_its_command_prints(command: str, page: str, tmp_path: Path):
+    places = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    ended = subprocess.run(
+        [sys.executable, *command.split()[1:], *places],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed = ended.stdout.splitlines()
+    shown = [line for line in page.splitlines() if not line.startswith("disk")]
+    assert [line for line in shown if line not in printed] == []
+
+
+def test_most_recorded_predictions_are_near_what_was_measured():
+    path = ROOT / "benchmarks" / "results" / "planner_memory.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len({line["configuration"] for line in lines if 0.9 <= line["ratio"] <= 1.1}) >= 6
+    for line in lines:
+        ratio = line["predicted_mib"] / line["measured_mib"]
+        assert line["ratio"] == pytest.approx(ratio, abs=0.001)
+        assert sum(line["items_mib"].values()) == pytest.approx(line["predicted_mib"], rel=0.002)

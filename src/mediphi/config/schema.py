@@ -92,7 +92,8 @@ class Hardware(Strict):
     loss_chunk_tokens: PositiveInt | None = None
     """Positions whose logits exist at a time; null: 2048 on a GPU, 128 on a CPU."""
     planned_gpu: GpuName | None = None
-    """With check_only=true on a machine without a GPU: which one to plan for."""
+    """Which GPU check_only=true plans for, also where there is none or another one. null: the one
+    that is here."""
     num_threads: PositiveInt | None = None
     """CPU threads of PyTorch's kernels; null: PyTorch's choice."""
     num_workers: NonNegativeInt = 0
@@ -106,6 +107,8 @@ class Hardware(Strict):
     def broken_rules(self) -> Iterator[BrokenRule]:
         if self.accelerator == "cpu" and self.attention in ("flash", "varlen"):
             yield BrokenRule("attention", "accelerator=cpu has auto and sdpa; flash is for GPUs")
+        if self.accelerator == "cpu" and self.planned_gpu is not None:
+            yield BrokenRule("planned_gpu", "accelerator=cpu plans for the CPU; take auto or gpu")
         if self.compile and self.strategy in ("zero3", "fsdp2"):
             yield BrokenRule("compile", f"strategy={self.strategy} cannot; auto and ddp can")
         if self.offload and self.strategy != "zero3":

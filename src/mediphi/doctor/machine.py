@@ -4,13 +4,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 from mediphi.doctor.case import Case
 from mediphi.doctor.findings import Finding, failure, ok, warning
 from mediphi.errors import UserError
+from mediphi.resources import free_memory, num_cores
 
-CGROUP = Path("/sys/fs/cgroup")
 BUSY = 0.5
 """Share of the cores that others may use before it is worth a word."""
 GB = 1e9
@@ -98,22 +97,13 @@ def cores(case: Case) -> Iterator[Finding]:
         yield ok("cores", text)
 
 
-def num_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota, _, period = _read(CGROUP / "cpu.max").partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
-        count = min(count or 1, -(-int(quota) // int(period)))
-    return max(1, count or 1)
-
-
 def memory(case: Case) -> Iterator[Finding]:
     """What training all parameters takes, against what is free where it would be."""
     import torch
 
     here, hardware = case.device(), case.config.hardware
     on_gpu = here.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else free_memory()
     place = "GPU" if on_gpu else "main"
     wanted = case.budget().memory_bytes
     needed = wanted if on_gpu else wanted * hardware.devices
@@ -130,23 +120,3 @@ def memory(case: Case) -> Iterator[Finding]:
         "or for SFT and DPO stage.lora.rank=16"
     )
     yield warning("memory", text, remedy=remedy)
-
-
-def available_memory() -> int:
-    """Bytes of main memory that can still be had: the machine's, and a container's limit."""
-    lines = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines())
-    if "MemAvailable" in lines:
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = _read(CGROUP / "memory.max").strip(), _read(CGROUP / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        free = min(free, int(limit) - int(used))
-    return free
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

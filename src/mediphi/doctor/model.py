@@ -26,9 +26,9 @@ from mediphi.config.schema import Config
 from mediphi.doctor.case import Case
 from mediphi.doctor.findings import Finding, failure, ok, warning
 from mediphi.doctor.hub import WEIGHTS, is_cached, is_local
-from mediphi.doctor.machine import available_memory
 from mediphi.engine import Device
 from mediphi.errors import UserError
+from mediphi.resources import free_memory
 
 GB = 1e9
 ROOM = 1.3
@@ -75,7 +75,7 @@ def build(config: Config, budget: Budget, device: Device, *, folder: str) -> Bui
 
 def _too_much(budget: Budget, device: Device) -> str:
     """Why the whole model cannot be looked at here, empty where it can."""
-    needed, free = ROOM * 4 * budget.num_parameters, available_memory()
+    needed, free = ROOM * 4 * budget.num_parameters, free_memory()
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info()[0])
     elif budget.num_parameters > MOST_ON_CPU:

@@ -21,11 +21,12 @@ from mediphi.batches import Batch
 from mediphi.modules.causal_lm import CausalLMModule
 from mediphi.modules.dpo import DpoModule
 from mediphi.planning.ledger import LARGEST_IN_HEAP, Ledger, Peak, Use
+from mediphi.strategies.memory import Sizes, layer_sizes
 from mediphi.strategies.sharding import make_rotary_buffers, set_parameter, stand_ins
 
 
-@dataclass(frozen=True, slots=True)
-class Footprint:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint(Sizes):
     """Bytes on a device that keeps the whole model.
 
     Attributes:
@@ -34,10 +35,6 @@ class Footprint:
         in_heap: of `passing_peak`, in blocks that glibc cuts out of its heap.
         weights_in_heap: bytes of weights in such blocks.
         traffic: bytes read and written by all operations of a micro-batch.
-        parameters: all of them, of the model that is trained.
-        trained: those with a gradient.
-        largest_layer: parameters of the largest decoder layer.
-        root: parameters outside of the decoder's layers.
     """
 
     peak: Peak
@@ -45,10 +42,6 @@ class Footprint:
     in_heap: int
     weights_in_heap: int
     traffic: int
-    parameters: int
-    trained: int
-    largest_layer: int
-    root: int
 
 
 def dry_run(
@@ -59,7 +52,8 @@ def dry_run(
     Args:
         make_module: a module that is not built, of a model with random weights.
         mixed: bf16 autocast.
-        accumulates: other micro-batches of the same optimizer step came before.
+        accumulates: gradients are kept, as other micro-batches of the same optimizer step came
+            before or as DDP keeps them in its buckets.
     """
     ledger, module = Ledger(), make_module()
     module.model = _shapes(module.spec)
@@ -76,18 +70,14 @@ def dry_run(
         step = _Step(module, ledger, mixed=mixed)
         step.train(batch, accumulates=accumulates)
     backbone: Any = module.backbone
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in step.decoder.layers]
-    parameters = sum(p.numel() for p in backbone.parameters())
     return Footprint(
         peak=ledger.peak,
         passing_peak=ledger.passing_peak,
         in_heap=ledger.in_heap,
         weights_in_heap=sum(n for n in map(_nbytes, backbone.parameters()) if n < LARGEST_IN_HEAP),
         traffic=ledger.traffic,
-        parameters=parameters,
         trained=sum(p.numel() for p in step.trained),
-        largest_layer=max(layers),
-        root=parameters - sum(layers),
+        **layer_sizes(backbone),
     )
 
 

@@ -2,25 +2,28 @@
 
 import contextlib
 import io
-import os
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from mediphi.backbone import BackboneSpec
 from mediphi.batches import Batch
 from mediphi.budget import Budget, estimate
 from mediphi.config.schema import Config
-from mediphi.config.stages import ChatStage, Lora
+from mediphi.config.stages import ChatStage, DpoStage, Lora
 from mediphi.data.loader import PackedLoader
 from mediphi.engine import Device
 from mediphi.phases import PhasePlan, Training, plan_phases
 from mediphi.planning.dry_run import Footprint, dry_run
-from mediphi.planning.memory import Memory, memory_of, splits
+from mediphi.planning.memory import Memory, memory_of
 from mediphi.planning.speed import Rates, Work, rates_of, work_of
+from mediphi.resources import free_memory
 from mediphi.stages import make_module
+from mediphi.strategies.memory import splits
 
 LOOKED_AT = 16
 """Micro-batches of a phase of which the largest is planned for; packed rows are alike."""
@@ -96,7 +99,7 @@ class Planner:
         """The run with other hardware or adapters; None where that cannot be."""
         run = self.run
         config = with_change(run.config, change)
-        if config.training.global_batch % config.rows_per_pass:
+        if config is None:
             return None
         budget = estimate(planned_folder(run), config=config, device=run.device)
         with contextlib.redirect_stdout(io.StringIO()):  # it has been told
@@ -105,10 +108,12 @@ class Planner:
 
     def _footprint(self, run: Training, phase: PhasePlan, batch: Batch) -> Footprint:
         hardware, stage = run.config.hardware, run.config.stage
-        accumulates = phase.data.train_plan.accumulate > 1
+        is_ddp = run.config.world_size > 1 and not splits(hardware.strategy)
+        accumulates = phase.data.train_plan.accumulate > 1 or is_ddp
         lora = stage.lora if isinstance(stage, ChatStage) else None
         mixed = run.device.precision == "bf16-mixed"
-        key = (hardware.micro_batch, run.budget.recomputed_layers, lora, accumulates)
+        reference = stage.reference if isinstance(stage, DpoStage) else None
+        key = (hardware.micro_batch, run.budget.recomputed_layers, lora, accumulates, reference)
         if key not in self._footprints:
             backbone = planned_backbone(run, lora)
 
@@ -128,10 +133,14 @@ def changes(config: Config, *, recomputes_all: bool) -> Iterator[Change]:
         yield {"hardware.micro_batch": size}
     if not recomputes_all:
         yield {"hardware.activation_checkpointing": True}
-    if config.world_size > 1 and not splits(hardware):
-        yield {"hardware.strategy": "fsdp2"}
+    for_split: dict[str, Any] = {"hardware.compile": False} if hardware.compile else {}
+    if isinstance(stage, DpoStage) and stage.reference == "live":
+        yield (cached := {"stage.reference": "cached"})
+        for_split |= cached
+    if config.world_size > 1 and not splits(hardware.strategy):
+        yield {"hardware.strategy": "fsdp2", **for_split}
     if config.world_size > 1 and not hardware.offload:
-        yield {"hardware.strategy": "zero3", "hardware.offload": True}
+        yield {"hardware.strategy": "zero3", "hardware.offload": True, **for_split}
     if isinstance(stage, ChatStage) and stage.lora is None:
         yield {"stage.lora.rank": Lora().rank}
 
@@ -141,14 +150,20 @@ def recomputed_share(run: Training) -> float:
     return run.budget.recomputed_layers / run.budget.model_config.num_hidden_layers
 
 
-def with_change(config: Config, change: Change) -> Config:
-    """The config as these overrides would make it."""
-    hardware = {k.removeprefix("hardware."): v for k, v in change.items() if "hardware" in k}
-    config = config.model_copy(update={"hardware": config.hardware.model_copy(update=hardware)})
-    if "stage.lora.rank" in change:
-        stage = config.stage.model_copy(update={"lora": Lora(rank=change["stage.lora.rank"])})
-        config = config.model_copy(update={"stage": stage})
-    return config
+def with_change(config: Config, change: Change) -> Config | None:
+    """The config as these overrides would make it; None where it would break a rule."""
+    plain = config.model_dump(mode="json")
+    for key, value in change.items():
+        *sections, last = key.split(".")
+        place = plain
+        for name in sections:
+            place[name] = place[name] or {}  # no adapters yet
+            place = place[name]
+        place[last] = value
+    try:
+        return Config.model_validate_json(json.dumps(plain), strict=True)
+    except ValidationError:
+        return None
 
 
 def planned_folder(run: Training) -> str:
@@ -173,18 +188,9 @@ def planned_backbone(run: Training, lora: Lora | None) -> BackboneSpec:
 def available_memory(device: Device, *, config: Config) -> float:
     """Bytes that a rank may fill: the GPU's own, or its share of the machine's free memory."""
     if device.type == "cpu":
-        return _free_memory() / config.hardware.devices
+        return free_memory() / config.hardware.devices
     assert device.memory_bytes is not None  # known of every GPU
     return device.memory_bytes
-
-
-def _free_memory() -> float:
-    """Bytes that new processes may take without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024.0 * next(int(n.split()[1]) for n in lines if n.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _work(run: Training, plan: PhasePlan, batch: Batch, footprint: Footprint) -> Work:

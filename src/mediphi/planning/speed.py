@@ -8,7 +8,7 @@ import torch
 from mediphi import engine
 from mediphi.config.schema import Config
 from mediphi.engine import Device
-from mediphi.planning.memory import FLOAT32, splits
+from mediphi.strategies.memory import FLOAT32, splits
 
 MATMUL_SHARE = {"cuda": 0.7, "cpu": 0.7}
 """Of the peak rate that a step's products reach: assumed."""
@@ -71,14 +71,14 @@ def work_of(
     hardware, times = config.hardware, config.accumulate
     recomputed = 1 + recomputed_share / 3  # a forward pass once more
     sent = offloaded = 0.0
-    if splits(hardware):  # weights twice in bfloat16, gradients once in float32
+    if splits(hardware.strategy):  # weights twice in bfloat16, gradients once in float32
         sent = times * (2 * 2.0 * num_parameters + FLOAT32 * num_trained)
     elif config.world_size > 1:
         sent = 2.0 * FLOAT32 * num_trained  # a ring all-reduce
     if hardware.offload:
         share = 1 / config.world_size
         offloaded = FLOAT32 * share * (times * 2 * num_parameters + (times + 1) * num_trained)
-    adamw = 28.0 * num_trained / (config.world_size if splits(hardware) else 1)
+    adamw = 28.0 * num_trained / (config.world_size if splits(hardware.strategy) else 1)
     return Work(flops * recomputed * times, traffic * times + adamw, sent, offloaded)
 
 

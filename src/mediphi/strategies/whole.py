@@ -1,8 +1,10 @@
 """One device, or DDP: every rank keeps the whole model."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -52,7 +54,13 @@ class Ddp(WholeModel, DDPStrategy):
     """Gradients are averaged over the ranks.
 
     Buffers are not broadcast: that would overwrite every rank's meters with those of rank 0.
+    Gradients lie in the buffers that are sent, once and not twice: they are set to zero and stay.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(broadcast_buffers=False, **options)
+        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True, **options)
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad = partial(optimizer.zero_grad, set_to_none=False)

@@ -27,6 +27,7 @@ from mediphi.backbone import BackboneSpec, build_model, prepare_training, shapes
 from mediphi.checkpointing.slices import LocalSlice
 from mediphi.errors import UserError
 from mediphi.strategies.checkpoints import Read, SlicedCheckpoints, moments_of
+from mediphi.strategies.memory import ZERO3_BUCKET
 from mediphi.strategies.sharding import Result, StoredWeights, make_rotary_buffers
 from mediphi.strategies.zero3_parameters import (
     OneByOne,
@@ -42,8 +43,6 @@ ENVIRONMENT = (
     *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"),
 )
 """Variables that DeepSpeed reads and Lightning sets, for as long as the strategy runs."""
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are reduced at a time: 200 MB of float32."""
 NORM_ELEMENTS = 1 << 24
 """Gradients that are squared at a time."""
 
@@ -123,7 +122,7 @@ class Zero3Strategy(SlicedCheckpoints, DeepSpeedStrategy):
         zero: dict[str, Any] = {
             "stage": 3,
             "overlap_comm": on_gpu,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": ZERO3_BUCKET,
             "stage3_param_persistence_threshold": self._whole_numel,
         }
         if self._offload:
