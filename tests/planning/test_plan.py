@@ -193,7 +193,7 @@ def pretend_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H200")
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
-    properties = SimpleNamespace(total_memory=150_000_000_000)
+    properties = SimpleNamespace(total_memory=150_000_000_000, major=9, minor=0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: properties)
 
 

@@ -9,7 +9,7 @@ from mediphi.planning.dry_run import Footprint
 from mediphi.planning.ledger import PASSING
 from mediphi.strategies.memory import FLOAT32, added, reserved, splits
 
-ACTIVATION_GAPS = 0.3
+ACTIVATION_GAPS = 0.4
 """Of what a micro-batch takes from glibc's heap, what stays behind in gaps: fitted to
 benchmarks/planner_memory.py, like the next two."""
 WEIGHT_GAPS = 1.2
