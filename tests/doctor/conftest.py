@@ -7,7 +7,7 @@ import pytest
 from doctor_cases import doctor_config
 from transformers import AttentionInterface
 
-from mediphi.attention import sdpa_attention
+from mediphi.attention import IMPLEMENTATIONS
 from mediphi.doctor.case import Case
 
 
@@ -26,5 +26,7 @@ def make_case(tmp_path: Path) -> Iterator[Callable[..., Case]]:
 
 @pytest.fixture(autouse=True)
 def _own_attention() -> Iterator[None]:
+    name = IMPLEMENTATIONS["sdpa"]
+    own = AttentionInterface()[name]
     yield
-    AttentionInterface.register("mediphi_sdpa", sdpa_attention)
+    AttentionInterface.register(name, own)
