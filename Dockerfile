@@ -5,7 +5,7 @@
 #   docker build -t mediphi .
 #   mkdir -p runs .cache
 #   docker run --rm --gpus all --shm-size 16g --user "$(id -u):$(id -g)" \
-#     -v "$PWD/runs:/work/runs" -v "$PWD/.cache:/work/.cache" \
+#     -v "$PWD/runs:/workspace/runs" -v "$PWD/.cache:/workspace/.cache" \
 #     mediphi stage=pit corpus=medcode hardware=gpu
 #
 # The hub is off; to ask it: -e HF_HUB_OFFLINE=0.
@@ -28,7 +28,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 # Without the verbs NCCL takes TCP between machines, also where there is InfiniBand.
-# Any user may write into /work, which is everybody's home.
+# Any user may write into /workspace, which is everybody's home.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
@@ -36,7 +36,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv \
     && useradd --no-create-home --uid 10001 mediphi \
-    && install --directory --mode=1777 /work /work/runs /work/.cache
+    && install --directory --mode=1777 /workspace /workspace/runs /workspace/.cache
 
 # Layers that change rarely stand first.
 # hadolint ignore=DL3013
@@ -52,9 +52,9 @@ RUN pip install --editable ".[${EXTRAS}]" "torch==${TORCH}"
 
 # LOGNAME: a number given by --user has no name in here.
 ENV HF_HUB_OFFLINE=1 \
-    HOME=/work \
+    HOME=/workspace \
     LOGNAME=mediphi
 
 USER 10001
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["python", "/opt/mediphi/train.py"]
