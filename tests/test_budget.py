@@ -140,6 +140,18 @@ def test_what_costs_memory_is_estimated_to_cost_it(more: str, less: str):
     assert large > small
 
 
+def test_prompts_that_are_not_shared_are_estimated_twice():
+    shared, separate = (
+        estimate(
+            str(ASSETS / "tiny"),
+            config=load(composed("stage=dpo", "corpus=mediflow_dpo", f"stage.share_prompt={own}")),
+            device=CPU,
+        ).memory_bytes
+        for own in ("true", "false")
+    )
+    assert separate > 1.5 * shared
+
+
 PHI = str(ASSETS / "phi35_mini")
 PLANS = [
     (CPU, 4, 0),  # whose memory is not ours to plan

@@ -215,7 +215,10 @@ def _loss_bytes(model_config: Any, config: Config, device: Device, *, sizes: Siz
 
 
 def _tokens(config: Config) -> int:
-    return config.hardware.micro_batch * config.stage.max_length
+    """Of a micro-batch at most: a prompt that is not shared stands in its row twice."""
+    stage = config.stage
+    times = 2 if isinstance(stage, DpoStage) and not stage.share_prompt else 1
+    return times * config.hardware.micro_batch * stage.max_length
 
 
 def _reason(error: Exception) -> str:

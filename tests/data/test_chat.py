@@ -204,7 +204,10 @@ def test_every_plain_row_is_proven_wherever_the_prompt_ends(words: list[str], cu
     assume(said[0] and said[1].strip())
     for renderer in map(chat_renderer, BOTH):
         row = talk(Turn("user", said[0]), Turn("assistant", said[1]), is_chat=False)
-        renderer.prove(row, renderer.conversation(row))
+        rendered = renderer.conversation(row)
+        renderer.prove(row, rendered)
+        assert [piece.kind for piece in rendered.pieces] == ["user", "answer"]
+        assert rendered.pieces[1].prefix, "nothing of the completion is learnt"
         pair = Preference("a/1", "g", "a", row.turns[:1], said[1], f"Not {said[1]}", is_chat=False)
         renderer.prove(pair, renderer.preference(pair))
 
