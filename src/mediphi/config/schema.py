@@ -10,8 +10,17 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mediphi.config.corpus import Corpus, RecordKind, RowSource
+from mediphi.config.merging import Merge
+from mediphi.config.methods import METHODS
 from mediphi.config.slurm import Slurm
-from mediphi.config.stages import DoctorStage, DpoStage, Stage, Training
+from mediphi.config.stages import (
+    TRAINING_KINDS,
+    DpoStage,
+    MergeStage,
+    SearchStage,
+    Stage,
+    Training,
+)
 from mediphi.config.strict import BrokenRule, Strict
 
 
@@ -171,19 +180,30 @@ class Config(Strict):
     hardware: Hardware
     logger: Logger
     paths: Paths
+    merge: Merge | None = None
+    """Of the stages merge and search; null elsewhere."""
     seed: NonNegativeInt = 0
-    """Of weights, order, noise and quiz."""
+    """Of weights, order, noise, quiz and search."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")] | None = None
-    """Run name; null: `<corpus>-<model>-<hash>`."""
+    """Run name; null: `<corpus>-<model>-<hash>`, of a merge `<method>-<hash>`."""
     on_existing: Literal["resume", "overwrite", "refuse"] = "resume"
     """What to do with a run directory that is there."""
     check_only: bool = False
     """Validate, prepare the data, print the plan, stop."""
 
     def broken_rules(self) -> Iterator[BrokenRule]:
-        if isinstance(self.stage, DoctorStage):  # reads any corpus and takes no step
-            return
-        rows, batch = self.rows_per_pass, self.stage.global_batch
+        merges = isinstance(self.stage, MergeStage | SearchStage)
+        if merges != (self.merge is not None):
+            needed = "needs a method: merge=slerp, merge=breadcrumbs, ..."
+            useless = "merges nothing; stage=merge and stage=search do"
+            yield BrokenRule("merge", f"stage={self.stage.kind} {needed if merges else useless}")
+        elif isinstance(self.stage, SearchStage) and self.merge is not None:
+            yield from _broken_search(self.stage, self.merge)
+        if self.stage.kind in TRAINING_KINDS:
+            yield from self._broken_training()
+
+    def _broken_training(self) -> Iterator[BrokenRule]:
+        rows, batch = self.rows_per_pass, self.training.global_batch
         if batch % rows:
             lower, upper = batch // rows * rows, (batch // rows + 1) * rows
             yield BrokenRule(
@@ -198,8 +218,8 @@ class Config(Strict):
                 f"hardware.strategy={self.hardware.strategy} splits one model, live keeps a second "
                 "one whole on every device; take cached, whose numbers are the same",
             )
-        if self.corpus.record_kind != self.stage.reads:
-            reads, corpus = self.stage.reads, self.corpus
+        if self.corpus.record_kind != self.training.reads:
+            reads, corpus = self.training.reads, self.corpus
             own = [
                 f", or set corpus.sources.{name}.format to {FORMATS[reads]}"
                 for name, source in corpus.sources.items()
@@ -214,7 +234,7 @@ class Config(Strict):
     @property
     def training(self) -> Training:
         """The stage, one that trains; the switch lets no other come to where this is asked."""
-        assert not isinstance(self.stage, DoctorStage)
+        assert isinstance(self.stage, Training)
         return self.stage
 
     @property
@@ -230,3 +250,39 @@ class Config(Strict):
     @property
     def world_size(self) -> int:
         return self.hardware.devices * self.hardware.num_nodes
+
+
+def _broken_search(stage: SearchStage, merge: Merge) -> Iterator[BrokenRule]:
+    """What a search asks of its merge, and of the names that it searches."""
+    if merge.method not in METHODS or merge.backend != "mediphi":
+        yield BrokenRule("merge.method", f"a search knows {', '.join(METHODS)}, by our own backend")
+        return
+    method = METHODS[merge.method]
+    numbers = [own.name for own in method.parameters if not own.is_switch]
+    searchable = [own.name for own in method.parameters if own.searched]
+    if not searchable:
+        yield BrokenRule("merge.method", f"{method.name} has nothing to search")
+    told = f"{method.name} has {', '.join(numbers)}"
+    lists = {
+        "searched": stage.searched or (),
+        "bounds": stage.bounds,
+        "grid": stage.grid,
+        "one_for_all": stage.one_for_all,
+    }
+    for key, names in lists.items():
+        for name in names:
+            if name not in numbers:
+                at = f"{key}.{name}" if isinstance(names, dict) else key
+                yield BrokenRule(f"stage.{at}", f"unknown parameter {name}; {told}")
+    for name, (low, high) in stage.bounds.items():
+        if name in numbers and not method.parameter(name).low <= low < high <= (
+            most := method.parameter(name).high
+        ):
+            least = method.parameter(name).low
+            yield BrokenRule(
+                f"stage.bounds.{name}", f"must be [low, high] within {least:g} and {most:g}"
+            )
+    if stage.strategy == "grid" and not stage.grid:
+        yield BrokenRule("stage.grid", "strategy=grid needs values: stage.grid.t=[0.1,0.25,0.5]")
+    if stage.strategy != "grid" and stage.grid:
+        yield BrokenRule("stage.grid", f"strategy={stage.strategy} has none; grid has")

@@ -201,5 +201,43 @@ class DoctorStage(Strict):
     """How long processes may take to find one another."""
 
 
+class MergeStage(Strict):
+    """Several models become one, by the method that `merge` names; nothing is trained."""
+
+    kind: Literal["merge"]
+
+
+class SearchStage(Strict):
+    """Finds the parameters of a merge on validation sets, and publishes the winner.
+
+    The start values and what is not searched come from `merge`.
+    """
+
+    kind: Literal["search"]
+    strategy: Literal["cmaes", "grid", "random"] = "cmaes"
+    """CMA-ES (Hansen 2016); every combination of `grid`; or draws within the bounds."""
+    evaluations: PositiveInt = 500
+    """Candidates that are scored at most."""
+    minutes: PositiveFloat | None = None
+    """Minutes of search at most, over all its starts; null: as long as it takes."""
+    sigma: Annotated[float, Field(gt=0, le=1)] = 1 / 6
+    """CMA-ES's first step, as a share of every parameter's range."""
+    population: Annotated[int, Field(ge=2)] | None = None
+    """Candidates of a generation; null: 4 + 3 ln(number of coordinates)."""
+    searched: tuple[str, ...] | None = None
+    """Parameters that are searched; null: all that the method's table gives bounds for."""
+    bounds: dict[str, tuple[float, float]] = {}
+    """Other bounds than the table's, by parameter."""
+    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = {}
+    """Values of each searched parameter, for `strategy=grid`."""
+    one_for_all: tuple[str, ...] = ()
+    """Parameters that all models share one value of."""
+    layer_groups: PositiveInt = 1
+    """Groups of neighbouring layers with values of their own."""
+    early_stop: bool = False
+    """Give up a candidate as soon as it is very unlikely to become the best."""
+
+
 Training = PitStage | DaptStage | SftStage | DpoStage
-Stage = Annotated[Training | DoctorStage, Field(discriminator="kind")]
+Stage = Annotated[Training | DoctorStage | MergeStage | SearchStage, Field(discriminator="kind")]
+TRAINING_KINDS = ("pit", "dapt", "sft", "dpo")

@@ -1,0 +1,214 @@
+"""A setting's value for a tensor, against mergekit's own resolution of the same YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mergekit.architecture import arch_info_for_config
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from transformers import Phi3Config
+
+from mediphi.config.merging import Merge
+from mediphi.errors import ConfigError, DataError
+from mediphi.merge.mergekit_yaml import read_mergekit, write_mergekit
+from mediphi.merge.settings import place_of, resolve, values_of
+
+NUM_LAYERS = 5
+NAMES = [
+    "model.embed_tokens.weight",
+    *(
+        f"model.layers.{layer}.{name}.weight"
+        for layer in range(NUM_LAYERS)
+        for name in ("self_attn.qkv_proj", "mlp.down_proj", "input_layernorm")
+    ),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+numbers = st.floats(0, 1).map(lambda x: round(x, 3))
+gradients = st.lists(numbers, min_size=1, max_size=4).map(tuple)
+plain = st.one_of(numbers, gradients)
+filters = st.sampled_from(["mlp", "self_attn", "norm", "embed", "*"])
+
+
+@st.composite
+def conditionals(draw: st.DrawFn) -> tuple[dict[str, Any], ...]:
+    entries = draw(
+        st.lists(
+            st.fixed_dictionaries({"value": plain}, optional={"filter": filters}),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    return (*entries, {"value": draw(plain)})
+
+
+@st.composite
+def layered(draw: st.DrawFn) -> tuple[dict[str, Any], ...]:
+    cut = draw(st.integers(1, NUM_LAYERS - 1))
+    return (
+        {"value": draw(plain), "layers": (0, cut)},
+        {"value": draw(plain), "layers": (cut, NUM_LAYERS)},
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for name in ("base", "a", "b"):
+        Phi3Config(num_hidden_layers=NUM_LAYERS, architectures=["Phi3ForCausalLM"]).save_pretrained(
+            root / name
+        )
+    return {name: root / name for name in ("base", "a", "b")}
+
+
+def theirs(text: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What mergekit resolves for each tensor of `NAMES`: (shared, by model)."""
+    found: dict[str, Any] = {}
+    config = MergeConfiguration.model_validate(yaml.safe_load(text))
+    model_config = Phi3Config.from_pretrained(folders["base"])
+    arch = arch_info_for_config(model_config)
+    assert arch is not None
+    planner = MergePlanner(config, arch, MergeOptions(), model_config)
+
+    def look(weight: Any, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+        from mergekit.parameter_resolver import resolve_parameters
+
+        shared, own = resolve_parameters(
+            planner._method.spec,
+            tensor_name=weight.name,
+            inputs={model: w.name for model, w in zip(models, weights_in, strict=True)},
+            sources=cfg_reader.parameter_sources,
+            base_model=cfg_reader.base_model,
+            t=cfg_reader.t,
+        )
+        by_folder = {str(model.model.path): values for model, values in own.items()}
+        found[weight.name] = (shared, by_folder)
+
+    monkeypatch.setattr(planner, "plan_tensor", look)
+    planner._plan()
+    return found
+
+
+@given(
+    weight=st.one_of(plain, conditionals(), layered()),
+    own=st.one_of(st.none(), plain, conditionals(), layered()),
+    factor=st.one_of(numbers, gradients, layered()),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_tensor_gets_the_values_that_mergekit_gives_it(
+    folders: dict[str, Path], weight: Any, own: Any, factor: Any
+) -> None:
+    merge = Merge.model_validate(
+        {
+            "method": "breadcrumbs",
+            "models": {
+                "a": {"path": "a", "parameters": {} if own is None else {"weight": own}},
+                "b": {"path": "b"},
+            },
+            "parameters": {"weight": weight, "lambda": factor, "density": 0.5},
+        }
+    )
+    ours = values_of(merge, num_layers=NUM_LAYERS)
+    text = write_mergekit(
+        merge,
+        base=folders["base"],
+        models={name: folders[name] for name in ("a", "b")},
+        num_layers=NUM_LAYERS,
+        dtype="float32",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        resolved = theirs(text, folders, patch)
+    for name in NAMES:
+        shared, by_folder = resolved[name]
+        values = ours(name)
+        assert values["lambda"] == pytest.approx(shared["lambda"], abs=1e-12)
+        expected = [by_folder[str(folders[model])]["weight"] for model in ("a", "b")]
+        assert values["weight"] == pytest.approx(tuple(expected), abs=1e-12)
+        assert values["density"] == (0.5, 0.5)
+        assert values["gamma"] == (0.01, 0.01)
+
+
+@given(weight=st.one_of(plain, conditionals(), layered()), own=st.one_of(plain, conditionals()))
+@settings(max_examples=60, deadline=None)
+def test_a_written_file_is_read_as_the_same_merge(
+    tmp_path_factory: pytest.TempPathFactory, weight: Any, own: Any
+) -> None:
+    merge = Merge.model_validate(
+        {
+            "method": "ties",
+            "base": "x/base",
+            "models": {"a": {"path": "x/a", "parameters": {"weight": own}}, "b": {"path": "x/b"}},
+            "parameters": {"weight": weight},
+        }
+    )
+    text = write_mergekit(
+        merge,
+        base=Path("x/base"),
+        models={"a": Path("x/a"), "b": Path("x/b")},
+        num_layers=NUM_LAYERS,
+        dtype="float32",
+    )
+    path = tmp_path_factory.mktemp("yaml") / "merge.yml"
+    path.write_text(text)
+    again, num_layers = read_mergekit(path)
+    assert num_layers in (None, NUM_LAYERS)
+    assert [*again.models] == ["a", "b"]
+    first, second = values_of(merge, num_layers=NUM_LAYERS), values_of(again, num_layers=NUM_LAYERS)
+    for name in NAMES:
+        assert first(name)["weight"] == pytest.approx(second(name)["weight"], abs=1e-12)
+        assert first(name)["normalize"] == second(name)["normalize"]
+
+
+def test_embeddings_count_to_the_first_layer_and_the_head_to_the_last() -> None:
+    setting = ({"value": 0.1, "layers": (0, 1)}, {"value": 0.9, "layers": (1, NUM_LAYERS)})
+    values = [resolve(setting, place_of(name, num_layers=NUM_LAYERS)) for name in NAMES]
+    assert values == [0.1] * 4 + [0.9] * 14
+
+
+def test_a_tensor_that_no_entry_fits_is_named() -> None:
+    merge = Merge.model_validate(
+        {
+            "method": "slerp",
+            "models": {"a": {"path": "a"}},
+            "parameters": {"t": ({"value": 0.5, "filter": "mlp"},)},
+        }
+    )
+    with pytest.raises(
+        DataError, match=r"merge.parameters.t: no entry fits model.norm.weight; add"
+    ):
+        values_of(merge, num_layers=NUM_LAYERS)("model.norm.weight")
+
+
+WRONG = {
+    "unknown: 1\nmerge_method: slerp": "unknown key unknown",
+    "merge_method: slerp\nbase_model: b\nmodels: [{model: a}]": "parameters.t: needs a value",
+    "merge_method: slerp\nmodels: [{model: a, weight: 1}]": "a model: unknown key weight",
+    "merge_method: nothing\nmodels: [{model: a}]": "method: allowed: linear",
+    "merge_method: linear": "give models or slices",
+    "merge_method: linear\nmodels: [{model: a+b}]": "models with adapters are mergekit's alone",
+    "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}, "
+    "{sources: [{model: a, layer_range: [1, 3]}]}]": "slices[1]: moves layers about",
+    "merge_method: linear\ntokenizer_source: union\nmodels: [{model: a}]": "tokenizer_source is",
+    "a: &x 1\nb: *x": "aliases",
+    "merge_method: [": "expected the node content",
+    "- 1": "must be keys with values",
+    "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\nparameters: {weight: 1, density: 2}": (
+        "parameters.density: must be from 0 to 1"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: WRONG[text])
+def test_what_a_file_may_not_say_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "merge.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_mergekit(path)
+    (line,) = caught.value.lines
+    assert line.startswith(str(path)) and WRONG[text] in line
