@@ -10,13 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "config"
 PARTNERS = {"sft": "mediflow", "dpo": "mediflow_dpo"}
+MODELS = ["++merge.models.a.path=runs/pit/a", "++merge.models.b.path=runs/pit/b"]
 PLACES = {"MEDIPHI_ROOT": ".", "MEDIPHI_RUNS": "runs", "MEDIPHI_CACHE": ".cache/mediphi"}
 
 
 def cases() -> dict[str, list[str]]:
     """Overrides of each setting, by the name of its golden file."""
     found: dict[str, list[str]] = {"default": []}
-    for group in ("corpus", "corpus/paper", "hardware", "experiment"):
+    for group in ("corpus", "corpus/paper", "hardware", "experiment", "merge"):
         for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
             option = "/".join((*group.split("/")[1:], path.stem))
             name = f"{group.split('/')[0]}-{option.replace('/', '-')}"
@@ -31,9 +32,16 @@ def cases() -> dict[str, list[str]]:
 def partnered(overrides: list[str]) -> list[str]:
     """A stage with a corpus that it can read, and the like.
 
-    A corpus with a stage that can read it, eight GPUs with a model whose batch divides by eight.
+    A corpus with a stage that can read it, eight GPUs with a model whose batch divides by eight, a
+    merge with models.
     """
     text = " ".join(overrides)
+    if "stage=merge" in text or "stage=search" in text:
+        return [*overrides, "merge=breadcrumbs", *MODELS]
+    if text == "merge=mergekit":
+        return [*overrides, "stage=merge", "merge.config=merge.yml"]
+    if text.startswith("merge="):
+        return [*overrides, "stage=merge", *MODELS[: 1 if text == "merge=slerp" else 2]]
     if "x8_" in text or "8_ddp" in text:
         return [*overrides, "model=phi35_mini"]
     for stage, corpus in PARTNERS.items():

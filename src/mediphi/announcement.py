@@ -10,6 +10,9 @@ from mediphi.evaluate.scores import Difference, GroupResult, exam_table, format_
 from mediphi.launch import RunResult
 
 
+TO_LOOK_AT = ("report.html", "search.html", "metrics.csv", "merge.yml", "README.md")
+
+
 class ExamTable(NamedTuple):
     """What a run was examined in; `rows` are text, header first."""
 
@@ -27,7 +30,8 @@ def announce(folder: Path) -> RunResult:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for exam in read_exams(metrics):
         print(f"{exam.title}\n{format_table(exam.rows)}")
-    print(f"done    {folder}  (report.html, metrics.csv, README.md)")
+    there = [name for name in TO_LOOK_AT if (folder / name).is_file()]
+    print(f"done    {folder}  ({', '.join(there)})")
     print(f"model   {folder / 'model'}")
     print(f"sha256  {manifest_hash(folder)}")
     for offline in sorted(folder.glob("wandb/offline-run-*")):

@@ -7,8 +7,8 @@ import yaml
 
 from mediphi.announcement import ExamTable
 from mediphi.artifacts import write_atomic
-from mediphi.config.corpus import Licence
 from mediphi.config.schema import Config
+from mediphi.markdown import table, terms
 
 TOO_LONG = "left out, longer than max_length"
 
@@ -38,18 +38,18 @@ def write_card(
         f"---\n{header}---\n",
         f"# {config.stage.kind} on {config.corpus.name}\n",
         "Research only. Not a medical device, not for decisions about patients.\n",
-        _table(("", ""), [(key, value) for key, value in facts.items()]),
+        table(("", ""), [(key, value) for key, value in facts.items()]),
         "## Data\n",
-        _table(
+        table(
             ("source", "licence", "terms", "train", "held out", TOO_LONG, "duplicates"),
             [
-                (name, source.licence.id, _terms(source.licence), *_documents(counts[name]))
+                (name, source.licence.id, terms(source.licence), *_documents(counts[name]))
                 for name, source in config.corpus.sources.items()
             ],
         ),
     ]
     for exam in exams:
-        parts += [f"## {exam.title}\n", _table(exam.rows[0], exam.rows[1:])]
+        parts += [f"## {exam.title}\n", table(exam.rows[0], exam.rows[1:])]
     parts.append(
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("model")\n'
@@ -67,15 +67,3 @@ def _documents(count: Mapping[str, int]) -> tuple[int, int, int, int]:
         train + heldout,
         count["exact_duplicates"] + count["near_duplicates"],
     )
-
-
-def _terms(licence: Licence) -> str:
-    """What a user of the model has to know of the text it was trained on."""
-    terms = ["commercial use" if licence.commercial_ok else "no commercial use"]
-    terms += ["share alike"] * licence.share_alike + ["data-use agreement"] * licence.dua
-    return ", ".join(terms + ["health information of persons"] * licence.contains_phi)
-
-
-def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines) + "\n"

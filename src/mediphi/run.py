@@ -9,7 +9,7 @@ from mediphi.announcement import announce
 from mediphi.artifacts import check_data, is_run_of, named_parents, open_run, plain_folder
 from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
-from mediphi.config.stages import DoctorStage
+from mediphi.config.stages import TRAINING_KINDS, DoctorStage
 from mediphi.data.fingerprint import fingerprint
 from mediphi.errors import DataError
 from mediphi.interruption import interruptible
@@ -26,6 +26,7 @@ def run(config: Config) -> RunResult:
         Interrupted: a signal came.
     """
     launch.refuse_several_tasks()
+    trains = config.stage.kind in TRAINING_KINDS
     if isinstance(config.stage, DoctorStage):
         return _doctor(config)
     job = cluster.own_job()
@@ -37,7 +38,7 @@ def run(config: Config) -> RunResult:
             cluster.submit(config, slurm, [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
             if not config.check_only:  # the plan comes below the file
                 return RunResult(None, run_dir(config))
-        if launch.needs_processes(config):
+        if trains and launch.needs_processes(config):
             launch.run_in_processes(config)
     with launch.one_voice(), interruptible(), ExitStack() as stack:
         if not config.check_only:
@@ -55,9 +56,19 @@ def run(config: Config) -> RunResult:
             elif looks_finished:  # rank 0 announces it
                 return RunResult(None, run_dir(config))
         # Everything heavy comes in here; a finished run needs none of it.
-        from mediphi import training
+        match config.stage.kind:
+            case "merge":
+                from mediphi import merging
 
-        return training.train(config)
+                return merging.merge_models(config)
+            case "search":
+                from mediphi import searching
+
+                return searching.search_merge(config)
+            case _:
+                from mediphi import training
+
+                return training.train(config)
 
 
 def _doctor(config: Config) -> RunResult:
@@ -70,6 +81,9 @@ def _doctor(config: Config) -> RunResult:
 
 def _refuse_changed_inputs(config: Config) -> None:
     """A finished run answers for what it saw. Where data or parent are gone, it still stands."""
+    if config.merge is not None:
+        _refuse_changed_sources(config)
+        return
     try:
         content = fingerprint(config.corpus, cache=Path(config.paths.cache))
     except DataError:
@@ -78,3 +92,13 @@ def _refuse_changed_inputs(config: Config) -> None:
     if config.model.is_pretrained:
         parents, plain = named_parents(config.model.folder), plain_folder(config.model.folder)
     check_data(run_dir(config), content, parents=parents, folder=plain)
+
+
+def _refuse_changed_sources(config: Config) -> None:
+    from mediphi.sources import find_sources
+
+    assert config.merge is not None
+    if config.merge.config is None:
+        with suppress(UserError):
+            sources = find_sources(config.merge, verify=False)
+            check_data(run_dir(config), None, parents=sources.parents)

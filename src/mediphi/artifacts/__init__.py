@@ -7,7 +7,13 @@ from mediphi.artifacts.files import (
     room_for,
     write_atomic,
 )
-from mediphi.artifacts.lineage import check_data, named_parents, plain_folder, verified_parent
+from mediphi.artifacts.lineage import (
+    check_data,
+    named_parents,
+    plain_folder,
+    trained_from,
+    verified_parent,
+)
 from mediphi.artifacts.lock import locked
 from mediphi.artifacts.manifest import Parent, manifest_hash, publish, read_manifest, verify
 from mediphi.artifacts.runs import (
@@ -36,6 +42,7 @@ __all__ = [
     "refuse_taken",
     "rename_folder",
     "room_for",
+    "trained_from",
     "verified_parent",
     "verify",
     "write_atomic",

@@ -108,6 +108,21 @@ def named_parents(path: str) -> dict[str, Parent] | None:
         return None
 
 
+def trained_from(path: str) -> Parent | None:
+    """The model that the artifact at `path` was made from: trained from it, or merged into it.
+
+    None where no manifest of ours names one.
+
+    Raises:
+        ArtifactError: the manifest is damaged.
+    """
+    if (artifact := _vouching(_model_folder(path))) is None:
+        return None
+    parents = read_manifest(artifact)["parents"]
+    found = parents.get("base") or parents.get("model")
+    return None if found is None else Parent(found["path"], found["sha256"])
+
+
 def plain_folder(path: str) -> Parent | None:
     """What identifies a local model folder that no manifest of ours vouches for.
 

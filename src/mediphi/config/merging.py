@@ -26,7 +26,7 @@ class MergedModel(Strict):
 
     path: Annotated[str, Field(min_length=1)]
     """Run directory or local folder with weights."""
-    parameters: Settings = {}
+    parameters: Settings = Field(default={})
     """Of this model; see `merge.parameters`."""
 
 
@@ -40,9 +40,9 @@ class Merge(Strict):
     base: str | None = None
     """Run directory or local folder of the base model; null: the one that all models were trained
     from, as their manifests say."""
-    models: dict[str, MergedModel] = {}
+    models: dict[str, MergedModel] = Field(default={})
     """The models by a name of your choice: `merge.models.medcode.path=runs/pit/...`."""
-    parameters: Settings = {}
+    parameters: Settings = Field(default={})
     """Of all models: a number, a list of numbers (a gradient over the layers), or a list of
     `{value, filter, layers}`."""
     semantics: Semantics = "mergekit"

@@ -226,9 +226,9 @@ class SearchStage(Strict):
     """Candidates of a generation; null: 4 + 3 ln(number of coordinates)."""
     searched: tuple[str, ...] | None = None
     """Parameters that are searched; null: all that the method's table gives bounds for."""
-    bounds: dict[str, tuple[float, float]] = {}
+    bounds: dict[str, tuple[float, float]] = Field(default={})
     """Other bounds than the table's, by parameter."""
-    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = {}
+    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default={})
     """Values of each searched parameter, for `strategy=grid`."""
     one_for_all: tuple[str, ...] = ()
     """Parameters that all models share one value of."""

@@ -68,7 +68,7 @@ def read_mergekit(path: Path) -> Recipe:
         base = None
     folders = [folder for folder in folders if folder != base]
     whole = _mapping(body.get("parameters") or {}, f"{path}: parameters")
-    names = _names(folders)
+    names = short_names(folders)
     values = {
         "method": method,
         "base": base,
@@ -231,7 +231,7 @@ def _entries(setting: Any, layers: Range | None) -> Iterator[dict[str, Any]]:
         yield own | ({"layers": layers} if layers else {})
 
 
-def _names(folders: Sequence[str]) -> dict[str, str]:
+def short_names(folders: Sequence[str]) -> dict[str, str]:
     """A short name for every folder: its last part that tells it from the others."""
     found: dict[str, str] = {}
     for folder in folders:

@@ -87,6 +87,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("memory_gb", "GB", "peak memory of the device or process", wall_clock=True),
 )
 
+SEARCH_METRICS: tuple[Metric, ...] = (
+    Metric("search/fitness", "share right", "mean accuracy over the sets, of one candidate"),
+    Metric("search/best", "share right", "the highest fitness so far"),
+    Metric("search/holdout", "share right", "of a new best, on items that no search has seen"),
+    Metric("search/set/{set}", "share right", "accuracy on one validation set"),
+    Metric("genome/{coordinate}", "", "a parameter of the candidate"),
+    Metric("search/seconds", "s", "to build and score the candidate", wall_clock=True),
+)
+
 _SLOTS = (*GROUPINGS, "difficulty", "group")
 
 PLACE = ("step", "phase")
@@ -118,9 +127,19 @@ def header(objective: Objective, groups: Mapping[str, Sequence[str]]) -> list[st
     return names
 
 
+def search_header(sets: Sequence[str], coordinates: Sequence[str]) -> list[str]:
+    """Every metric name of a search, by validation sets and by what is searched."""
+    slots = {"{set}": sets, "{coordinate}": coordinates}
+    names: list[str] = []
+    for metric in SEARCH_METRICS:
+        slot = next((one for one in slots if one in metric.name), None)
+        names += [metric.name.replace(slot, v) for v in slots[slot]] if slot else [metric.name]
+    return names
+
+
 def unit_of(name: str) -> str:
     """Unit of a metric; of `train/loss/kind/summary` the unit of its pattern."""
-    for metric in METRICS:
+    for metric in (*METRICS, *SEARCH_METRICS):
         stem, slot, _ = metric.name.partition("{")
         if name == stem or (slot and name.startswith(stem)):
             return metric.unit

@@ -1,0 +1,103 @@
+"""Merged models one after another in the same memory: nothing of a candidate touches the disk.
+
+What all candidates have in common, the experts' deltas and the order of their magnitudes, is made
+once; a candidate is then one pass over them, written over the candidate before.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mediphi.errors import UserError
+from mediphi.merge.checkpoints import Checkpoint
+from mediphi.merge.engine import Job, Parents, tensor_seed
+from mediphi.merge.operators import DELTA_METHODS, MergeError, Operands, Values, merge_tensor
+from mediphi.merge.statistics import OrderStatistics
+from mediphi.resources import free_memory
+
+BYTES_PER_DELTA = 4 + 2.1
+"""Of memory for each number of an expert: its float32 delta, and where it stands in the order."""
+FREE_SHARE = 0.6
+"""Of the free memory that deltas may take; else they are made anew for every candidate."""
+
+
+class Candidates:
+    """A model whose weights become one merge after another.
+
+    Args:
+        job: what is merged; `dtype` is that of `targets`.
+        parents: the opened folders.
+        targets: the tensors to write to, by name: all that the merge has; tied ones once.
+    """
+
+    def __init__(self, job: Job, parents: Parents, targets: Mapping[str, Tensor]) -> None:
+        self._job, self._targets = job, targets
+        first = parents.checkpoints[0]
+        self._floats = [n for n, own in first.tensors.items() if own.dtype.is_floating_point]
+        self._floats.sort(key=lambda name: -_count(first, name))
+        keeps = job.device == "cpu" and job.method in DELTA_METHODS
+        count = sum(_count(first, n) for n in self._floats) * len(job.models)
+        self.keeps_deltas = keeps and count * BYTES_PER_DELTA < FREE_SHARE * free_memory()
+        self._pool = ThreadPoolExecutor(job.threads, initializer=_one_thread)
+        prepared = self._pool.map(lambda n: self._prepare(parents.checkpoints, n), self._floats)
+        self._operands = dict(zip(self._floats, prepared, strict=True))
+
+    def build(self, values: Callable[[str], Values]) -> None:
+        """Write the merge with these values over the last one: bitwise what `merge` would write.
+
+        Raises:
+            MergeError: a tensor cannot be merged so, or comes out not finite; names the tensor.
+        """
+        for _ in self._pool.map(lambda name: self._write(name, values(name)), self._floats):
+            pass
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _prepare(
+        self, checkpoints: tuple[Checkpoint, ...], name: str
+    ) -> tuple[Operands, OrderStatistics | None]:
+        tensors = [one.read(name).to(self._job.device) for one in checkpoints]
+        base = tensors.pop(0) if self._job.base is not None else None
+        if not self.keeps_deltas:
+            return Operands(base, tuple(tensors)), None
+        assert base is not None
+        deltas = tuple(one.float().sub_(base.float()) for one in tensors)
+        ordered = OrderStatistics(deltas) if self._asks_for_ranks else None
+        return Operands(base, deltas, deltas=True), ordered
+
+    @property
+    def _asks_for_ranks(self) -> bool:
+        """Whether magnitudes are cut at ranks of a whole tensor; the papers' crumbs are of rows."""
+        by_rows = self._job.semantics == "paper"
+        return self._job.method == "ties" or (
+            self._job.method.startswith("breadcrumbs") and not by_rows
+        )
+
+    def _write(self, name: str, values: Values) -> None:
+        operands, ranks = self._operands[name]
+        try:
+            merge_tensor(
+                self._job.method,
+                operands,
+                values,
+                out=self._targets[name],
+                semantics=self._job.semantics,
+                seed=tensor_seed(self._job.seed, name),
+                ranks=ranks,
+            )
+        except UserError as error:
+            raise MergeError(f"tensor {name}: {error}") from None
+
+
+def _count(checkpoint: Checkpoint, name: str) -> int:
+    return math.prod(checkpoint.tensors[name].shape)
+
+
+def _one_thread() -> None:
+    """Tensors are many: more threads for one of them would only wait for each other."""
+    torch.set_num_threads(1)

@@ -1,0 +1,75 @@
+"""README.md of a merge: a model card with its recipe, its parents' hashes and their licences."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from mediphi.artifacts import write_atomic
+from mediphi.config.corpus import Licence
+from mediphi.config.merging import Merge
+from mediphi.config.methods import METHODS
+from mediphi.markdown import table, terms
+from mediphi.sources import BASE, Sources, licences_of
+
+UNKNOWN = "no manifest: licence unknown, ask whoever published it"
+
+
+def write_merge_card(
+    folder: Path,
+    *,
+    recipe: Merge,
+    sources: Sources,
+    recipe_yaml: str,
+    facts: Mapping[str, object],
+    tables: Sequence[tuple[str, Sequence[Sequence[object]]]] = (),
+) -> None:
+    """Write the card.
+
+    Args:
+        recipe_yaml: the merge in mergekit's words.
+        tables: title and rows, header first, of what the merge was scored on.
+    """
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": [str(one) for one in sources.folders.values()],
+        "base_model_relation": "merge",
+        "tags": ["mediphi", "merge", "mergekit", recipe.method],
+    }
+    method = METHODS.get(recipe.method or "")
+    how = recipe.method if method is None else f"{method.title} ({method.source})"
+    parents = [
+        (
+            f"{name} (the base)" if name == BASE else name,
+            str(one),
+            sources.parents[name].sha256[:16] if name in sources.parents else UNKNOWN,
+        )
+        for name, one in sources.folders.items()
+    ]
+    licences = {n: Licence.model_validate(own) for n, own in licences_of(sources.parents).items()}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {recipe.method} of {', '.join(sources.models)}\n",
+        "Research only. Not a medical device, not for decisions about patients.\n",
+        f"Merged by {how}.\n",
+        table(("", ""), list(facts.items())),
+        "## Models\n",
+        table(("name", "folder", "manifest sha256"), parents),
+        "## Licences of the data behind them\n",
+        table(
+            ("source", "licence", "terms"),
+            [(name, one.id, terms(one)) for name, one in licences.items()],
+        )
+        if licences
+        else f"{UNKNOWN}.\n",
+    ]
+    for title, rows in tables:
+        parts += [f"## {title}\n", table(rows[0], rows[1:])]
+    parts += [
+        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n",
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("model")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("model")\n```\n',
+    ]
+    write_atomic(folder / "README.md", "\n".join(parts))

@@ -1,0 +1,232 @@
+"""The flow of `stage=merge`: find the models, merge them, publish the artifact. Resumable."""
+
+import json
+import os
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+from mediphi.announcement import announce
+from mediphi.artifacts import check_data, free_space, publish, write_atomic
+from mediphi.config import config_hash, run_dir
+from mediphi.config.merging import Merge
+from mediphi.config.schema import Config
+from mediphi.errors import UserError
+from mediphi.launch import RunResult
+from mediphi.merge.checkpoints import read_json
+from mediphi.merge.engine import Job, MergeFacts, merge, open_parents
+from mediphi.merge.mergekit_yaml import read_mergekit, short_names, write_mergekit
+from mediphi.merge.settings import values_of
+from mediphi.merge_card import write_merge_card
+from mediphi.progress import BytesDone
+from mediphi.sources import Sources, find_sources, licences_of, model_folder, sources_of
+
+MODEL = "model"
+SCRATCH = "checkpoints"
+"""Where a merge writes before it is whole; the manifest does not vouch for it."""
+RECIPE = "merge.yml"
+
+
+def merge_models(config: Config) -> RunResult:
+    """Run `stage=merge` to its artifact, or go on where it was interrupted.
+
+    The caller holds the run directory.
+
+    Raises:
+        UserError: whatever the user can mend, in one line.
+    """
+    started, folder = time.monotonic(), run_dir(config)
+    recipe = read_recipe(config)
+    text, sources = _text_and_sources(recipe)
+    if config.check_only:
+        show_plan(config, recipe, sources)
+        return RunResult(None, folder)
+    check_data(folder, sources.fingerprint, parents=sources.parents)
+    print(f"run         {folder}")
+    facts = write_merge(config, recipe, sources, text=text)
+    seconds = time.monotonic() - started
+    return publish_merge(config, recipe, sources, text=text, facts=facts, seconds=seconds)
+
+
+def _text_and_sources(recipe: Merge) -> tuple[str, Sources]:
+    """The merge in mergekit's YAML, and the folders that it reads."""
+    if recipe.config is None:
+        sources = find_sources(recipe)
+        return recipe_text(recipe, sources), sources
+    from mediphi.merge.by_mergekit import folders_in
+
+    text = Path(recipe.config).read_text(encoding="utf-8")
+    base, folders = folders_in(text)
+    models = {short: model_folder(f, key="model") for short, f in zip(short_names(folders).values(), folders, strict=True)}
+    return text, sources_of(None if base is None else model_folder(base, key="base_model"), models)
+
+
+def read_recipe(config: Config) -> Merge:
+    """The merge of the config, or of the file that it names.
+
+    Raises:
+        ConfigError: the file is wrong.
+        UserError: its slices do not make a model of the same layers.
+    """
+    told = config.merge
+    assert told is not None
+    if told.config is None or told.backend == "mergekit":
+        return told
+    recipe = read_mergekit(Path(told.config))
+    chosen = {"semantics": told.semantics, "max_shard_gb": told.max_shard_gb}
+    merged = recipe.merge.model_copy(
+        update=chosen | ({} if told.dtype is None else {"dtype": told.dtype})
+    )
+    if recipe.num_layers is not None:
+        there = num_layers_of(find_sources(merged, verify=False))
+        if there != recipe.num_layers:
+            raise UserError(
+                f"{told.config}: slices of {recipe.num_layers} layers, the models have {there}; "
+                "for another number: merge.backend=mergekit"
+            )
+    return merged
+
+
+def num_layers_of(sources: Sources) -> int:
+    """Of the models, which are all alike, as the first one's `config.json` says.
+
+    Raises:
+        UserError: it does not say.
+    """
+    folder = next(iter(sources.folders.values()))
+    layers = read_json(folder / "config.json").get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers must be a whole number > 0")
+    return layers
+
+
+def job_of(config: Config, recipe: Merge, sources: Sources) -> Job:
+    """The merge as the engine takes it."""
+    assert recipe.method is not None
+    return Job(
+        method=recipe.method,
+        semantics=recipe.semantics,
+        base=sources.base,
+        models=sources.models,
+        dtype=recipe.dtype,
+        seed=config.seed,
+        max_shard_bytes=int(recipe.max_shard_gb * 1e9),
+        threads=config.hardware.num_threads or os.cpu_count() or 1,
+        device="cuda" if wants_gpu(config) else "cpu",
+    )
+
+
+def wants_gpu(config: Config) -> bool:
+    """Whether the arithmetic runs on a GPU.
+
+    Raises:
+        UserError: one was asked for, and there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if config.hardware.accelerator == "gpu" and not there:
+        raise UserError("hardware.accelerator=gpu, but torch sees no CUDA device: use hardware=cpu")
+    return there and config.hardware.accelerator != "cpu"
+
+
+def show_plan(config: Config, recipe: Merge, sources: Sources) -> None:
+    """What a merge would read and write; every folder is opened and compared."""
+    folder = run_dir(config)
+    job = job_of(config, recipe, sources)
+    parents = open_parents(job)
+    first = parents.checkpoints[0]
+    size = sum(path.stat().st_size for path in {own.path for own in first.tensors.values()})
+    print(f"method      {recipe.method} ({recipe.semantics} semantics), {job.device}")
+    for name, one in sources.folders.items():
+        vouched = "manifest checked" if name in sources.parents else "no manifest"
+        print(f"{name:<11} {one}  ({vouched})")
+    for note in parents.notes:
+        print(f"note        {note}")
+    print(f"tensors     {len(first.tensors):,}, {size / 1e9:.2f} GB a model")
+    print(f"disk        {free_space(folder) / 1e9:.1f} GB free at {folder}")
+
+
+def write_merge(config: Config, recipe: Merge, sources: Sources, *, text: str) -> MergeFacts:
+    """Write the merged model to the run's model folder, which appears whole or not at all."""
+    folder = run_dir(config)
+    if recipe.backend == "mergekit":
+        from mediphi.merge.by_mergekit import merge_by_mergekit
+
+        return merge_by_mergekit(
+            text,
+            scratch=folder / SCRATCH,
+            target=folder / MODEL,
+            seed=config.seed,
+            max_shard_bytes=int(recipe.max_shard_gb * 1e9),
+        )
+    with BytesDone("merging") as progress:
+        return merge(
+            job_of(config, recipe, sources),
+            values=values_of(recipe, num_layers=num_layers_of(sources)),
+            scratch=folder / SCRATCH,
+            target=folder / MODEL,
+            progress=progress,
+        )
+
+
+def recipe_text(recipe: Merge, sources: Sources) -> str:
+    """The merge in mergekit's YAML; what mergekit would do otherwise is told in a comment."""
+    dtype = recipe.dtype or read_json(next(iter(sources.folders.values())) / "config.json").get(
+        "dtype"
+    )
+    return write_mergekit(
+        recipe,
+        base=sources.base,
+        models=sources.models,
+        num_layers=num_layers_of(sources),
+        dtype=dtype or "float32",
+    )
+
+
+def publish_merge(
+    config: Config,
+    recipe: Merge,
+    sources: Sources,
+    *,
+    text: str,
+    facts: MergeFacts,
+    seconds: float,
+) -> RunResult:
+    """Write what is there to look at, and last of all the manifest."""
+    folder = run_dir(config)
+    write_atomic(folder / RECIPE, text)
+    told = {
+        "method": recipe.method,
+        "semantics": recipe.semantics,
+        "parameters": f"{facts.num_parameters:,}",
+        "tensors": f"{facts.num_tensors:,}",
+        "stop ids": ", ".join(map(str, facts.stop_ids)),
+    }
+    metrics = {"objective": {"name": None, "value": None}, "exams": {}}
+    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_merge_card(folder, recipe=recipe, sources=sources, recipe_yaml=text, facts=told)
+    publish(
+        folder,
+        config_hash=config_hash(config),
+        parents=sources.parents,
+        data={
+            "fingerprint": sources.fingerprint,
+            "counts": {},
+            "licences": licences_of(sources.parents),
+        },
+        extra={
+            **told,
+            "notes": list(facts.notes),
+            "seconds": round(seconds, 1),
+            "next": next_command(folder),
+        },
+    )
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    return announce(folder)
+
+
+def next_command(folder: Path) -> str:
+    """The recipe's next stage from the model in `folder`."""
+    return f"python train.py stage=sft corpus=mediflow {shlex.quote(f'model.path={folder}')}"
