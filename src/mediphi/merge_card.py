@@ -15,6 +15,10 @@ from mediphi.sources import BASE, Sources, licences_of
 UNKNOWN = "no manifest: licence unknown, ask whoever published it"
 
 
+Table = tuple[str, Sequence[Sequence[object]]]
+"""A title and rows of short cells, header first."""
+
+
 def write_merge_card(
     folder: Path,
     *,
@@ -22,13 +26,13 @@ def write_merge_card(
     sources: Sources,
     recipe_yaml: str,
     facts: Mapping[str, object],
-    tables: Sequence[tuple[str, Sequence[Sequence[object]]]] = (),
+    tables: Sequence[Table] = (),
 ) -> None:
     """Write the card.
 
     Args:
         recipe_yaml: the merge in mergekit's words.
-        tables: title and rows, header first, of what the merge was scored on.
+        tables: of what the merge was scored on.
     """
     front = {
         "library_name": "transformers",

@@ -5,7 +5,9 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mediphi.announcement import announce
 from mediphi.artifacts import check_data, free_space, publish, write_atomic
@@ -18,7 +20,7 @@ from mediphi.merge.checkpoints import read_json
 from mediphi.merge.engine import Job, MergeFacts, merge, open_parents
 from mediphi.merge.mergekit_yaml import read_mergekit, short_names, write_mergekit
 from mediphi.merge.settings import values_of
-from mediphi.merge_card import write_merge_card
+from mediphi.merge_card import Table, write_merge_card
 from mediphi.progress import BytesDone
 from mediphi.sources import Sources, find_sources, licences_of, model_folder, sources_of
 
@@ -45,8 +47,9 @@ def merge_models(config: Config) -> RunResult:
     check_data(folder, sources.fingerprint, parents=sources.parents)
     print(f"run         {folder}")
     facts = write_merge(config, recipe, sources, text=text)
-    seconds = time.monotonic() - started
-    return publish_merge(config, recipe, sources, text=text, facts=facts, seconds=seconds)
+    return publish_merge(
+        config, Published(recipe, sources, text, facts, time.monotonic() - started)
+    )
 
 
 def _text_and_sources(recipe: Merge) -> tuple[str, Sources]:
@@ -58,7 +61,10 @@ def _text_and_sources(recipe: Merge) -> tuple[str, Sources]:
 
     text = Path(recipe.config).read_text(encoding="utf-8")
     base, folders = folders_in(text)
-    models = {short: model_folder(f, key="model") for short, f in zip(short_names(folders).values(), folders, strict=True)}
+    models = {
+        short: model_folder(f, key="model")
+        for short, f in zip(short_names(folders).values(), folders, strict=True)
+    }
     return text, sources_of(None if base is None else model_folder(base, key="base_model"), models)
 
 
@@ -185,18 +191,31 @@ def recipe_text(recipe: Merge, sources: Sources) -> str:
     )
 
 
+class Published(NamedTuple):
+    """What is published; `text` is the merge in mergekit's YAML."""
+
+    recipe: Merge
+    sources: Sources
+    text: str
+    facts: MergeFacts
+    seconds: float
+
+
 def publish_merge(
     config: Config,
-    recipe: Merge,
-    sources: Sources,
+    merged: Published,
     *,
-    text: str,
-    facts: MergeFacts,
-    seconds: float,
+    metrics: Mapping[str, Any] | None = None,
+    tables: Sequence[Table] = (),
 ) -> RunResult:
-    """Write what is there to look at, and last of all the manifest."""
-    folder = run_dir(config)
-    write_atomic(folder / RECIPE, text)
+    """Write what is there to look at, and last of all the manifest.
+
+    Args:
+        metrics: what `metrics.json` says of a search.
+        tables: of the model card.
+    """
+    folder, recipe, sources, facts = run_dir(config), merged.recipe, merged.sources, merged.facts
+    write_atomic(folder / RECIPE, merged.text)
     told = {
         "method": recipe.method,
         "semantics": recipe.semantics,
@@ -204,9 +223,12 @@ def publish_merge(
         "tensors": f"{facts.num_tensors:,}",
         "stop ids": ", ".join(map(str, facts.stop_ids)),
     }
-    metrics = {"objective": {"name": None, "value": None}, "exams": {}}
-    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    write_merge_card(folder, recipe=recipe, sources=sources, recipe_yaml=text, facts=told)
+    nothing = {"objective": {"name": None, "value": None}}
+    body = {**(metrics or nothing), "exams": {}}
+    write_atomic(folder / "metrics.json", json.dumps(body, indent=1) + "\n")
+    write_merge_card(
+        folder, recipe=recipe, sources=sources, recipe_yaml=merged.text, facts=told, tables=tables
+    )
     publish(
         folder,
         config_hash=config_hash(config),
@@ -219,7 +241,7 @@ def publish_merge(
         extra={
             **told,
             "notes": list(facts.notes),
-            "seconds": round(seconds, 1),
+            "seconds": round(merged.seconds, 1),
             "next": next_command(folder),
         },
     )

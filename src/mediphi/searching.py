@@ -1,34 +1,37 @@
-"""The flow of `stage=search`: candidates built in memory, scored, the winner merged and published.
+"""The flow of `stage=search`: candidates built in memory and scored, the winner merged, published.
 
 What is done shows on disk: the ledger has every candidate, the merge its journal, and last of all
-the manifest comes. Every step looks there first.
+comes the manifest. Every step looks there first.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from mediphi import engine, tracking
-from mediphi.artifacts import check_data, write_atomic
-from mediphi.backbone import BackboneSpec, build_model, load_tokenizer
+from mediphi.artifacts import check_data
+from mediphi.backbone import BackboneSpec, build_model, load_tokenizer, original_positions
 from mediphi.config import run_dir, run_name
 from mediphi.config.merging import Merge
-from mediphi.config.methods import METHODS
+from mediphi.config.methods import METHODS, Parameter
 from mediphi.config.schema import Config
 from mediphi.config.stages import SearchStage
 from mediphi.config.validation import Validation
-from mediphi.data.validation_sets import ValidationSet, build_sets
-from mediphi.errors import UserError
+from mediphi.data.validation_sets import PARTS, Part, ValidationSet, build_sets
+from mediphi.errors import ArtifactError
 from mediphi.launch import RunResult
 from mediphi.merge.candidates import Candidates
-from mediphi.merge.engine import open_parents
+from mediphi.merge.engine import Job, Parents, open_parents
 from mediphi.merge.operators import MergeError
 from mediphi.merge.search import (
     CandidateError,
+    Estimate,
     Evaluation,
     Genome,
     Hopeless,
@@ -40,7 +43,10 @@ from mediphi.merge.search import (
     search,
 )
 from mediphi.merge.search.genomes import merge_of
+from mediphi.merge.search.page import write_search_page
+from mediphi.merge.settings import values_of
 from mediphi.merging import (
+    Published,
     job_of,
     num_layers_of,
     publish_merge,
@@ -48,19 +54,18 @@ from mediphi.merging import (
     show_plan,
     write_merge,
 )
-from mediphi.scoring import Scorer
+from mediphi.fitness import EncodedSets, Progress, SetScores, encode_sets, score_sets
 from mediphi.sources import Sources, find_sources
 from mediphi.tracking.names import search_header
 from mediphi.tracking.progress import silence_lightning
 
 LEDGER = "ledger.jsonl"
-PAGE = "search.html"
-EARLY_STOP_RISK = 0.01
-"""Chance, over a whole search with `early_stop`, of giving up a candidate that would have won."""
+EARLY_STOP_RISK = 0.0
+"""Questions come longest first, not at random: only what is certain is given up."""
 
 
 def search_merge(config: Config) -> RunResult:
-    """Search the parameters of a merge, and publish the winner, or go on where it was interrupted.
+    """Search the parameters of a merge and publish the winner, or go on where it was interrupted.
 
     The caller holds the run directory.
 
@@ -68,33 +73,34 @@ def search_merge(config: Config) -> RunResult:
         UserError: whatever the user can mend, in one line.
         Interrupted: a signal came; all finished evaluations are in the ledger.
     """
-    started, stage, merge, validation = time.monotonic(), *_sections(config)
+    started = time.monotonic()
+    stage, merge, validation = _sections(config)
     silence_lightning()
     engine.limit_threads(config.hardware)
-    sources = find_sources(merge)
-    space = _space(stage, merge)
+    sources, space = find_sources(merge), _space(stage, merge)
     sets = build_sets(validation, seed=config.seed)
     if config.check_only:
         show_plan(config, merge, sources)
-        _show_search(space, sets, stage)
+        _tell(space, sets, stage)
         return RunResult(None, run_dir(config))
     fingerprint = _fingerprint(sources, sets)
     check_data(run_dir(config), fingerprint, parents=sources.parents)
     print(f"run         {run_dir(config)}")
-    _show_search(space, sets, stage)
-    found = _search(config, space, sources, sets, fingerprint)
+    _tell(space, sets, stage)
+    found = _found(config, space, sources, sets, fingerprint)
     winner = merge_of(merge, space, found.winner.genome, num_layers=num_layers_of(sources))
     text = recipe_text(winner, sources)
     facts = write_merge(config, winner, sources, text=text)
-    return publish_merge(
-        config,
-        winner,
-        sources,
-        text=text,
-        facts=facts,
-        seconds=time.monotonic() - started,
-        found=found,
+    told = _metrics(found)
+    write_search_page(
+        run_dir(config),
+        title=f"{merge.method} of {', '.join(merge.models)}",
+        space=space,
+        result=found,
+        facts={"method": merge.method, "validation sets": len(sets)},
     )
+    published = Published(winner, sources, text, facts, time.monotonic() - started)
+    return publish_merge(config, published, metrics=told, tables=[_table(found, sets)])
 
 
 def _sections(config: Config) -> tuple[SearchStage, Merge, Validation]:
@@ -105,12 +111,231 @@ def _sections(config: Config) -> tuple[SearchStage, Merge, Validation]:
 
 def _space(stage: SearchStage, merge: Merge) -> Space:
     assert merge.method is not None
-    plain = {k: v for k, v in merge.parameters.items() if not isinstance(v, tuple)}
     options = SpaceOptions(
         searched=stage.searched,
-        fixed={own.name: plain.get(own.name, _stand_in(own)) for own in METHODS[merge.method].parameters},
+        fixed={own.name: _stand_in(own, merge) for own in METHODS[merge.method].parameters},
         bounds=stage.bounds,
         shared=stage.one_for_all,
         num_layer_groups=stage.layer_groups,
     )
     return Space(merge.method, list(merge.models), options)
+
+
+def _stand_in(parameter: Parameter, merge: Merge) -> float | bool:
+    """What the space shows of a parameter that is not searched; `merge_of` leaves the merge's own,
+    gradients and filters too, and the ledger's identity has them."""
+    given = merge.parameters.get(parameter.name, parameter.default)
+    return parameter.low if given is None or isinstance(given, tuple) else given
+
+
+def _tell(space: Space, sets: list[ValidationSet], stage: SearchStage) -> None:
+    budget = f"{stage.evaluations:,} candidates"
+    if stage.minutes is not None:
+        budget += f" or {stage.minutes:g} minutes"
+    print(f"search      {stage.strategy}, {len(space.coordinates)} coordinates, {budget}")
+    for one in sets:
+        print(f"validation  {one.name}: {len(one.search)} questions, {len(one.holdout)} held out")
+
+
+def _fingerprint(sources: Sources, sets: list[ValidationSet]) -> str:
+    """Of what the search reads: folders without a manifest, and questions."""
+    read = [sources.fingerprint, *(one.fingerprint for one in sets)]
+    return sha256(json.dumps(read).encode()).hexdigest()
+
+
+def _identity(config: Config, sources: Sources, fingerprint: str) -> str:
+    """Of all that a genome's score depends on beside the space."""
+    stage, merge, _ = _sections(config)
+    parents = {name: parent.sha256 for name, parent in sources.parents.items()}
+    content = [merge.model_dump(mode="json"), parents, fingerprint, config.seed, stage.layer_groups]
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _found(
+    config: Config,
+    space: Space,
+    sources: Sources,
+    sets: list[ValidationSet],
+    fingerprint: str,
+) -> SearchResult:
+    """The search itself, logged as it goes."""
+    stage, _, _ = _sections(config)
+    settings = SearchSettings(
+        strategy=stage.strategy,
+        seed=config.seed,
+        sigma=stage.sigma,
+        population=stage.population,
+        num_evaluations=stage.evaluations,
+        minutes=stage.minutes,
+        grid=stage.grid,
+        risk=EARLY_STOP_RISK if stage.early_stop else None,
+        identity=_identity(config, sources, fingerprint),
+    )
+    folder = run_dir(config)
+    loggers = tracking.make_loggers(
+        config.logger,
+        run_dir=folder,
+        run_name=run_name(config),
+        header=search_header([one.name for one in sets], space.names),
+        config_dict=config.model_dump(mode="json"),
+    )
+    exit_code, log = 1, _Log(loggers)
+    try:
+        tracking.begin_phase(loggers, "search", first_step=0)
+        with _Bench(config, space, sources, sets) as bench:
+            found = search(
+                space,
+                bench.fitness,
+                settings=settings,
+                ledger_path=folder / LEDGER,
+                holdout=bench.holdout,
+                on_record=log,
+            )
+        exit_code = 0
+        return found
+    finally:
+        tracking.finish(loggers, exit_code=exit_code)
+
+
+class _Log:
+    """Every record, old and new, to the loggers: `metrics.csv` is written anew on a resume."""
+
+    def __init__(self, loggers: list[Any]) -> None:
+        self._loggers, self._best = loggers, float("-inf")
+
+    def __call__(self, record: Record) -> None:
+        row = {f"genome/{name}": value for name, value in record.genome.items()}
+        row["search/seconds"] = record.seconds
+        if record.evaluation is not None:
+            fitness = record.evaluation.fitness
+            row["search/fitness"] = fitness
+            row |= {f"search/set/{k}": v for k, v in record.evaluation.by_set.items()}
+            if record.status == "ok":
+                self._best = max(self._best, fitness)
+        if self._best > float("-inf"):
+            row["search/best"] = self._best
+        if record.holdout is not None:
+            row["search/holdout"] = record.holdout.fitness
+        tracking.log(self._loggers, row, step=record.number)
+
+
+class _Bench:
+    """One model in memory that becomes every candidate, and the questions that it is asked."""
+
+    def __init__(
+        self, config: Config, space: Space, sources: Sources, sets: list[ValidationSet]
+    ) -> None:
+        _, self._merge, _ = _sections(config)
+        self._space, self._num_layers = space, num_layers_of(sources)
+        device = engine.resolve(config.hardware, shares_prompts=True)
+        job = job_of(config, self._merge, sources)
+        parents = open_parents(job)
+        folder = str(parents.checkpoints[0].folder)
+        spec = BackboneSpec(folder=folder, init="pretrained", kernel=device.kernel)
+        self._model = build_model(spec).to(device.type).eval()  # type: ignore[arg-type]
+        self._candidates = Candidates(job, parents, targets_of(self._model, parents, job))
+        tokenizer = load_tokenizer(folder)
+        self._sets: dict[Part, EncodedSets] = {
+            part: encode_sets(
+                {one.name: getattr(one, part) for one in sets},
+                tokenizer=tokenizer,
+                device=device,
+                long_above=original_positions(self._model.config),
+            )
+            for part in PARTS
+        }
+
+    def __enter__(self) -> "_Bench":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._candidates.close()
+
+    def fitness(self, genome: Genome, hopeless: Hopeless | None) -> Evaluation:
+        """Build the candidate and score it on the search part."""
+        merged = merge_of(self._merge, self._space, genome, num_layers=self._num_layers)
+        try:
+            self._candidates.build(values_of(merged, num_layers=self._num_layers))
+        except MergeError as error:
+            raise CandidateError(str(error)) from None
+        return self._score("search", hopeless)
+
+    def holdout(self, genome: Genome) -> Evaluation:
+        """Score the candidate that was just built on the hold-out part."""
+        return self._score("holdout", None)
+
+    def _score(self, part: Part, hopeless: Hopeless | None) -> Evaluation:
+        def gives_up(progress: Mapping[str, Progress]) -> bool:
+            assert hopeless is not None
+            return hopeless(*zip(*progress.values(), strict=True))
+
+        stop = None if hopeless is None else gives_up
+        return _evaluation(score_sets(self._model, self._sets[part], hopeless=stop))
+
+
+def targets_of(model: PreTrainedModel, parents: Parents, job: Job) -> dict[str, Tensor]:
+    """The model's weights by the names of the checkpoints, in the type that a merge is written in.
+
+    Only the weights change their type: rotary angles stay in float32.
+
+    Raises:
+        ArtifactError: the model has no weight for a tensor of the checkpoints.
+    """
+    first = parents.checkpoints[0]
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    if missing := [name for name in first.tensors if name not in weights]:
+        raise ArtifactError(f"{first.folder}: transformers' model has no weight {missing[0]}")
+    for name, own in first.tensors.items():
+        dtype = getattr(torch, job.dtype) if job.dtype else own.dtype
+        weights[name].data = weights[name].data.to(dtype)
+    return {name: weights[name].data for name in first.tensors}
+
+
+def _evaluation(scores: SetScores) -> Evaluation:
+    items = {name: tuple(one.score > 0 for one in own) for name, own in scores.scored.items()}
+    by_set = {name: sum(own) / len(own) for name, own in items.items() if own}
+    return Evaluation(scores.fitness, by_set, items, stopped=not scores.is_complete)
+
+
+def _metrics(found: SearchResult) -> dict[str, Any]:
+    """What `metrics.json` tells of a search; the objective is the hold-out score."""
+    winner = found.winner
+    return {
+        "objective": {"name": "search/holdout", "value": found.holdout and found.holdout.mean},
+        "search": {
+            "fitness": winner.fitness,
+            "corrected": found.corrected and found.corrected._asdict(),
+            "holdout": found.holdout and found.holdout._asdict(),
+            "gap": found.gap,
+            "genome": dict(winner.genome),
+            "evaluations": len(found.records),
+            "failed": found.count("failed"),
+            "stopped": found.count("stopped"),
+            "repeated": found.num_repeated,
+            "seconds": round(found.seconds, 1),
+        },
+    }
+
+
+def _table(found: SearchResult, sets: list[ValidationSet]) -> tuple[str, list[tuple[object, ...]]]:
+    """The winner's scores, as the model card shows them."""
+    searched, held = found.winner.evaluation, found.winner.holdout
+    assert searched is not None
+    rows: list[tuple[object, ...]] = [("validation set", "search part", "hold-out part")]
+    for one in sets:
+        theirs = "-" if held is None else _percent(held.by_set[one.name])
+        rows.append((one.name, _percent(searched.by_set[one.name]), theirs))
+    rows.append(
+        ("mean", _percent(searched.fitness), "-" if held is None else _percent(held.fitness))
+    )
+    if found.corrected is not None:
+        rows.append(("mean, corrected for the choice", _interval(found.corrected), ""))
+    return "The winner on the validation sets", rows
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _interval(one: Estimate) -> str:
+    return f"{_percent(one.mean)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"

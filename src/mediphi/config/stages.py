@@ -235,7 +235,7 @@ class SearchStage(Strict):
     layer_groups: PositiveInt = 1
     """Groups of neighbouring layers with values of their own."""
     early_stop: bool = False
-    """Give up a candidate as soon as it is very unlikely to become the best."""
+    """Give up a candidate as soon as it cannot become the best any more."""
 
 
 Training = PitStage | DaptStage | SftStage | DpoStage
