@@ -11,7 +11,7 @@ from mediphi.config import config_hash, dump, run_dir
 from mediphi.config.schema import Config
 from mediphi.config.stages import TRAINING_KINDS, DoctorStage
 from mediphi.data.fingerprint import fingerprint
-from mediphi.errors import DataError
+from mediphi.errors import DataError, UserError
 from mediphi.interruption import interruptible
 from mediphi.launch import RunResult
 
@@ -98,7 +98,10 @@ def _refuse_changed_sources(config: Config) -> None:
     from mediphi.sources import find_sources
 
     assert config.merge is not None
-    if config.merge.config is None:
-        with suppress(UserError):
-            sources = find_sources(config.merge, verify=False)
-            check_data(run_dir(config), None, parents=sources.parents)
+    if config.merge.config is not None:
+        return
+    try:
+        sources = find_sources(config.merge, verify=False)
+    except UserError:
+        return
+    check_data(run_dir(config), None, parents=sources.parents)
