@@ -63,6 +63,10 @@ COLUMNS = {
         "flops_ratio"
     ),
     "kill_resume": "path stage machine runs kills kills_with_half_written_files attempts equal",
+    "rank_kill": (
+        "path strategy runs kills_of_rank_1 kills_of_rank_0 kills_with_half_written_files starts "
+        "equal machine"
+    ),
     "startup": "figure cpu_seconds bare_hydra_cpu_seconds ratio ratio_range",
 }
 """What the README shows of a benchmark; everything stands in the file."""

@@ -6,30 +6,35 @@ import os
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.fabric.plugins import TorchCheckpointIO
-from toy_training import exit_code, save, save_for_ever, start, wait_for_newer
+from toy_training import exit_code, save, save_for_ever, save_two, start, wait_for_newer
 
 from mediphi.checkpointing import (
     SafeCheckpointIO,
     last_checkpoint,
     remove_checkpoints,
+    safe_io,
     step_folder,
     step_of,
+    verified,
 )
-from mediphi.checkpointing.safe_io import checkpoints_in, retain
+from mediphi.checkpointing.safe_io import checkpoints_in, file_sha256, retain
 from mediphi.errors import ArtifactError, MachineError
 from mediphi.tracking.progress import silence_lightning
 
 
 def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
+    data, before = bytearray(path.read_bytes()), path.stat().st_mtime_ns
     data[place // 8] ^= 1 << (place % 8)
     path.write_bytes(data)
+    if path.stat().st_mtime_ns == before:  # the clock of files ticks every few milliseconds
+        os.utime(path, ns=(before, before + 1))
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +215,70 @@ def test_retention_never_deletes_the_only_valid_one(tmp_path: Path) -> None:
         flip(damaged / "state.pt", 800)
     retain(tmp_path, 1)
     assert made[0] in checkpoints_in(tmp_path)
+
+
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders of the files that are hashed from now on."""
+    hashed: list[str] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path.parent.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(safe_io, "file_sha256", count)
+    return hashed
+
+
+def test_retention_hashes_nothing_that_this_process_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = count_hashes(monkeypatch)
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+        retain(tmp_path, 2)
+    save(tmp_path, 4)  # in the place of another
+    retain(tmp_path, 2)
+    assert not hashed
+    assert [step_of(found) for found in checkpoints_in(tmp_path)] == [3, 4]
+
+
+def test_retention_hashes_once_what_another_process_has_written(
+    tmp_path: Path, warm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exit_code(start(save_two, str(tmp_path))) == 0
+    hashed = count_hashes(monkeypatch)
+    for _ in range(3):
+        retain(tmp_path, 2)
+    assert sorted(hashed) == ["step-00000001", "step-00000002"]
+
+
+def test_retention_hashes_again_what_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its time of change was set back."""
+    made = [save(tmp_path, step) for step in (1, 2)]
+    state = made[1] / "state.pt"
+    before = state.stat()
+    time.sleep(0.02)  # the clock of files ticks every few milliseconds
+    flip(state, 800)
+    os.utime(state, ns=(before.st_atime_ns, before.st_mtime_ns))
+    hashed = count_hashes(monkeypatch)
+    retain(tmp_path, 1)
+    assert hashed == ["step-00000002"] and checkpoints_in(tmp_path) == made
+
+
+def test_resume_hashes_whatever_this_process_believes(tmp_path: Path) -> None:
+    newest = save(tmp_path, 2)
+    flip(newest / "state.pt", 800)
+    verified.remember(newest, verified.stamps(newest))
+    assert verified.is_unchanged(newest)
+    for resume in (lambda: last_checkpoint(tmp_path), lambda: load(newest)):
+        with pytest.raises(ArtifactError, match=r"state.pt: sha256 differs"):
+            resume()
+
+
+def load(checkpoint: Path) -> dict[str, Any]:
+    return SafeCheckpointIO().load_checkpoint(checkpoint)
 
 
 def test_states_of_a_phase_that_is_done_go_and_its_model_stays(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mediphi.config import Config, load
 from mediphi.config.schema import Hardware
 from mediphi.errors import Interrupted, MachineError, UserError
 from mediphi.interruption import interruptible
-from mediphi.process_group import join_processes
+from mediphi.process_group import join_processes, wait_for_all
 from mediphi.run import run
 
 
@@ -158,7 +158,7 @@ def test_threads_are_limited_only_when_asked():
 
 def test_alone_there_is_nothing_to_join_or_wait_for():
     join_processes(Hardware())
-    engine.wait_for_all()
+    wait_for_all()
     assert not torch.distributed.is_initialized()
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "attention": CONTRACTS | {"blocks"},
     **dict.fromkeys(LEAVES, CONTRACTS),
     "modules": CONTRACTS | {"attention", "backbone", "strategies"},
-    "strategies": CONTRACTS | {"attention", "backbone", "checkpointing"},
+    "strategies": CONTRACTS | {"attention", "backbone", "checkpointing", "process_group"},
     "door": {"config", "errors"},
     "cluster": {"artifacts", "config", "errors"},
     "sweep": {"artifacts", "cluster", "config", "data", "door", "errors"},
@@ -34,7 +34,7 @@ ALLOWED = {
     "export": CONTRACTS | {"backbone", "lora"},
     "lora": CONTRACTS,
     "tracking": CONTRACTS | {"artifacts"},
-    "checkpointing": CONTRACTS | {"artifacts", "interruption"},
+    "checkpointing": CONTRACTS | {"artifacts", "interruption", "process_group"},
 }
 """What a room may import besides itself; a room not named here is wiring and may import all."""
 

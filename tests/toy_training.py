@@ -201,6 +201,11 @@ def save_for_ever(folder: str, first: int, temporary: str) -> None:
         retain(Path(folder), 2)
 
 
+def save_two(folder: str) -> None:
+    for step in (1, 2):
+        save(Path(folder), step)
+
+
 def train_slowly(run_dir: str) -> None:
     warnings.simplefilter("ignore")
     train(Path(run_dir), make_module=lambda: Toy(pause=0.002))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -24,8 +24,6 @@ from mediphi.config.schema import GpuName, Hardware
 from mediphi.errors import MachineError, UserError
 from mediphi.process_group import is_one_of_several
 from mediphi.strategies.whole import Ddp, OneDevice
-
-Value = TypeVar("Value")
 
 
 class Gpu(NamedTuple):
@@ -213,26 +211,6 @@ def failing_alone(hardware: Hardware) -> Iterator[None]:
     except BaseException:
         atexit.unregister(dist.destroy_process_group)
         raise
-
-
-def wait_for_all() -> None:
-    """A barrier over all ranks; nothing where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def from_all_ranks(mine: Value) -> list[Value]:
-    """What every rank has, in their order."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    found = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
-def from_rank_zero(mine: Value) -> Value:
-    """What rank 0 has, on every rank."""
-    return from_all_ranks(mine)[0]
 
 
 def limit_threads(hardware: Hardware) -> None:

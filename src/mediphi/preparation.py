@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from mediphi import engine
 from mediphi.artifacts import write_atomic
 from mediphi.backbone import eos_id
 from mediphi.config.corpus import Corpus
@@ -27,6 +26,7 @@ from mediphi.data.tokenization import build_store
 from mediphi.data.tokens import StoreKey, TokenStore, open_store, store_path
 from mediphi.errors import UserError
 from mediphi.launch import rank
+from mediphi.process_group import wait_for_all
 from mediphi.records import Document, MultipleChoice, Preference, TaskOutput
 from mediphi.synthesize.rules import GENERATOR, generate
 
@@ -64,7 +64,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
         UserError: anything wrong with the data, in one line.
     """
     if rank() != 0:
-        engine.wait_for_all()
+        wait_for_all()
         return _prepare(config, tokenizer, quiz=None)
     quiz = config.stage.quiz if isinstance(config.stage, TextStage) else None
     data = _prepare(config, tokenizer, quiz=quiz)
@@ -74,7 +74,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
             "corpus.sources and corpus.heldout_fraction"
         )
     _tell_duplicates([data.counts[name] for name in config.corpus.sources])
-    engine.wait_for_all()
+    wait_for_all()
     return data
 
 

@@ -38,6 +38,7 @@ from mediphi.errors import ArtifactError, UserError
 from mediphi.launch import rank
 from mediphi.modules.dpo import DpoModule, Objective, ScoredPairs
 from mediphi.phases import PhasePlan, Training
+from mediphi.process_group import from_all_ranks, from_rank_zero, wait_for_all
 from mediphi.tracking.progress import make_progress
 
 Logps = NDArray[np.float32]
@@ -65,12 +66,12 @@ def bring_references(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> 
     path = Path(run.config.paths.cache) / "references" / f"{_key(run, plan, backbone)}.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(path):
-        if engine.from_rank_zero(path.exists()):
+        if from_rank_zero(path.exists()):
             if rank() == 0:
                 print(f"reference   from {path}", flush=True)
         else:
             _compute(run, plan, backbone, path)
-        engine.wait_for_all()
+        wait_for_all()
     plan.data.references = _read(path)
 
 
@@ -128,7 +129,7 @@ def _everywhere(run: Training, plan: PhasePlan, module: DpoModule) -> References
     )
     batches: Any = _OneAfterAnother(loaders)
     found: Any = trainer.predict(module, batches)
-    shares = engine.from_all_ranks(found or [])
+    shares = from_all_ranks(found or [])
     logps, first = [], 0
     for pairs in sides:
         if pairs is None:  # nothing is held out

@@ -48,7 +48,7 @@ from mediphi.planning.memory import least_state
 from mediphi.planning.page import show_phases, show_plan
 from mediphi.planning.plan import Planner, available_memory
 from mediphi.preparation import prepare
-from mediphi.process_group import join_processes
+from mediphi.process_group import join_processes, wait_for_all
 from mediphi.publication import Answers, publish_run
 from mediphi.references import bring_references, preference_exam
 from mediphi.stages import metric_groups, objective_of
@@ -192,7 +192,7 @@ def _run_phases(run: Training, exams: list[Exam], loggers: Loggers) -> list[Answ
             _check_model(target)
         if rank() == 0 and plan is not run.phases[-1]:
             remove_checkpoints(run.checkpoints(plan))  # the next phase starts from the model
-        engine.wait_for_all()
+        wait_for_all()
         backbone = replace(backbone, folder=str(target), init="pretrained", revision="main")
         moment = f"after {plan.name}"
         moments[moment] = sit(moment, plan=plan, backbone=backbone)
@@ -295,7 +295,7 @@ def _sit(
             tracking.log(loggers, {f"{exam.metric}/{r.group}": r.score for r in results}, step=step)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps([one._asdict() for one in scores[number]]) + "\n")
-    engine.wait_for_all()
+    wait_for_all()
     return scores
 
 

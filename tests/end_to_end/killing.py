@@ -2,7 +2,8 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def killed_run(
         if aim == "references":
             is_time = _in_reference_pass(place.cache / "references")
         else:
-            is_time = _moment(aim, run_dir, rng, seconds)
+            is_time = moment(aim, run_dir, rng, seconds)
         child = start()
         attempts += 1
         assert attempts < 10 * kills, "runs end without a manifest"
@@ -66,7 +67,7 @@ def killed_run(
         time.sleep(rng.random() * 0.01)
         ended = child.kill()
         if ended.code == -9:
-            died.append(_kill(aim, hit, run_dir))
+            died.append(kill_at(aim, hit, run_dir))
         else:
             assert ended.code == 0, ended
     last = start().wait()
@@ -79,14 +80,13 @@ def killed_run(
     )
 
 
-def _moment(aim: str, run_dir: Path, rng: random.Random, seconds: float) -> Callable[[], bool]:
+def moment(aim: str, run_dir: Path, rng: random.Random, seconds: float) -> Callable[[], bool]:
     """Whether it is time to kill."""
     begun, pause = time.monotonic(), rng.random() * seconds
     if aim == "any":
         return lambda: time.monotonic() - begun > pause
     if aim == "steps":
-        before, enough = set(checkpoints(run_dir)), rng.randint(1, 4)
-        return lambda: len(set(checkpoints(run_dir)) - before) >= enough
+        return _seen(run_dir, "checkpoints/*/step-*", skip=rng.randint(0, 3))
     if aim == "between phases":
         before = set(run_dir.glob("exam/*.json"))
         return lambda: bool(set(run_dir.glob("exam/*.json")) - before)
@@ -105,24 +105,29 @@ def _in_reference_pass(folder: Path) -> Callable[[], bool]:
 
 
 def _seen(run_dir: Path, pattern: str, skip: int) -> Callable[[], bool]:
-    """True when another path matching `pattern` is there, after `skip` others."""
-    names: set[str] = set()
+    """True when another path matching `pattern` is there, after `skip` others.
+
+    What an earlier kill left behind does not count until it is made anew.
+    """
+    names, left_behind = set[str](), _made(run_dir, pattern)
 
     def look() -> bool:
-        names.update(_names(run_dir, pattern))
+        names.update(name for name, _ in _made(run_dir, pattern) - left_behind)
         return len(names) > skip
 
     return look
 
 
-def _names(run_dir: Path, pattern: str) -> Iterator[str]:
-    try:
-        yield from (str(path) for path in run_dir.glob(pattern))
-    except FileNotFoundError:  # it was renamed while we looked
-        return
+def _made(run_dir: Path, pattern: str) -> set[tuple[str, int]]:
+    """Paths, and when each was last changed."""
+    found = set[tuple[str, int]]()
+    with suppress(FileNotFoundError):  # it was renamed while we looked
+        found.update((str(path), path.stat().st_mtime_ns) for path in run_dir.glob(pattern))
+    return found
 
 
-def _kill(aim: str, hit: bool, run_dir: Path) -> Kill:
+def kill_at(aim: str, hit: bool, run_dir: Path) -> Kill:
+    """What a process that has just died left behind."""
     found = checkpoints(run_dir)
     newest = f"{found[-1].parent.name}/{found[-1].name}" if found else ""
     half = [*run_dir.rglob(".*.partial"), *run_dir.rglob(".tmp-*")]

@@ -2,15 +2,14 @@
 
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
-from end_to_end import tiny_run
 from end_to_end.tiny_run import (
     CODES,
     DAPT,
     PIT,
+    TORCHRUN,
     Place,
     checkpoints,
     one_line,
@@ -20,7 +19,6 @@ from end_to_end.tiny_run import (
 from safetensors.torch import load_file
 
 TWO = ["hardware.devices=2", "hardware.accelerator=cpu"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 RUN = [*DAPT, *CODES, *TWO, "stage.neftune_alpha=5"]
 
 
@@ -47,7 +45,7 @@ def test_two_processes_stop_on_a_signal_go_on_and_announce_a_finished_run(place:
 
 @pytest.mark.slow
 def test_a_resumed_run_of_two_is_bitwise_the_undisturbed_one_and_torchrun_announces_it(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, tmp_path: Path
 ) -> None:
     other = Place(tmp_path / "other", place.cache, place.assets)
     child = place.program(*RUN)
@@ -57,15 +55,13 @@ def test_a_resumed_run_of_two_is_bitwise_the_undisturbed_one_and_torchrun_announ
         ended = where.program(*RUN).wait()
         assert ended.code == 0, ended
     assert weights(place.run_dir("dapt")) == weights(other.run_dir("dapt"))
-    monkeypatch.setattr(tiny_run, "PYTHON", TORCHRUN)
+    place.starter = TORCHRUN
     ended = place.program(*RUN).wait(60)
     assert ended.code == 0 and ended.out.count("sha256") == 1, ended
 
 
-def test_under_torchrun_one_rank_prints_the_plan(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiny_run, "PYTHON", TORCHRUN)
+def test_under_torchrun_one_rank_prints_the_plan(place: Place) -> None:
+    place.starter = TORCHRUN
     weightless = ["model.init=pretrained", f"model.path={place.assets / 'model'}"]
     ended = place.program(*RUN, *weightless, "check_only=true").wait()
     assert ended.code == 0, ended

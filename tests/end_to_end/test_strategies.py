@@ -1,36 +1,19 @@
-"""ZeRO-3 and FSDP2 by the real command: one device's model, through stops, kills and changes."""
+"""DDP, ZeRO-3 and FSDP2 by the real command: plain training's model, through stops and kills."""
 
 import csv
-import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from end_to_end import tiny_run
+from end_to_end.rank_killing import EXACT, RUN, TWO, RankKills, command, killed_ranks, run_dir
 from end_to_end.tiny_chat import ChatRun, dpo
-from end_to_end.tiny_run import (
-    CODES,
-    DAPT,
-    Child,
-    Place,
-    checkpoints,
-    curve,
-    wait_for,
-    weights,
-)
+from end_to_end.tiny_run import Place, checkpoints, curve, wait_for, weights
 from safetensors.torch import load_file
 
-from mediphi.checkpointing import step_of
-
-EXACT = ["hardware.accelerator=cpu", "hardware.precision=32-true", "name=run"]
-RUN = [*DAPT, *CODES, *EXACT, "hardware.micro_batch=1", "hardware.checkpoints.every_steps=1"]
-RUN += ["stage.neftune_alpha=0"]
-TWO = "hardware.devices=2"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TORCHRUN += ["--max-restarts=5", "--monitor-interval=0.1"]
+SECONDS = 12.0
+"""About what a run under torchrun takes; moments are drawn from it."""
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +23,6 @@ def plain(shared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = place.program(*RUN).wait()
     assert ended.code == 0, ended
     return run_dir(place)
-
-
-def run_dir(place: Place) -> Path:
-    return place.runs / "dapt" / "run"
 
 
 def stop_after_a_step(place: Place, *how: str) -> None:
@@ -112,49 +91,32 @@ def test_a_resumed_run_of_two_is_bitwise_the_undisturbed_one(
     assert_same_model(run_dir(near), plain)
 
 
-def newest_step(place: Place) -> int:
-    return max((step_of(found) for found in checkpoints(run_dir(place))), default=0)
-
-
-@pytest.fixture
-def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tiny_run, "PYTHON", TORCHRUN)
-    yield
-
-
-def second_process(child: Child) -> int | None:
-    """The process of rank 1 that torchrun has started, if it runs."""
-    for status in Path("/proc").glob("[0-9]*"):
-        try:
-            is_child = f"PPid:\t{child.pid}\n" in (status / "status").read_text()
-            if is_child and b"\0RANK=1\0" in b"\0" + (status / "environ").read_bytes():
-                return int(status.name)
-        except OSError:
-            continue  # ended meanwhile
-    return None
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(other, marks=pytest.mark.slow) for other in ("zero3", "fsdp2"))],
+)
+def test_a_run_whose_rank_1_was_killed_ends_with_plain_training_s_model(
+    strategy: str, near: Place, plain: Path
+) -> None:
+    plan = RankKills(1, rank=1, rng=random.Random(4), moments=("steps",))
+    outcome = killed_ranks(strategy, near, plan, reference=plain, seconds=SECONDS)
+    assert len(outcome.kills) == 1 and outcome.attempts == 2
+    assert "step-" in outcome.kills[0].checkpoint  # there was something to go on from
+    assert_same_model(run_dir(near), plain)
+    assert len(curve(run_dir(near))) == len(curve(plain))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
-def test_rank_1_killed_at_random_steps_and_started_again_changes_nothing(
-    strategy: str, near: Place, tmp_path: Path, torchrun: None
+@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 1), ("zero3", 1), ("fsdp2", 1), ("ddp", 0)])
+def test_a_rank_killed_at_random_steps_and_started_again_changes_nothing(
+    strategy: str, rank: int, near: Place, tmp_path: Path
 ) -> None:
     """torchrun ends the others and starts all anew; they go on from the last checkpoint."""
-    how = (f"hardware.strategy={strategy}", TWO)
     other = Place(tmp_path / "other", near.cache, near.assets)
-    assert other.program(*RUN, *how).wait().code == 0
-    rng, killed, last = random.Random(3), 0, 0
-    child = near.program(*RUN, *how)
-    for _ in range(2):
-        target = last + rng.randint(1, 3)
-        if wait_for(lambda at=target: newest_step(near) >= at, child):
-            last = newest_step(near)
-            if pid := second_process(child):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-    ended = child.wait()
-    assert ended.code == 0, ended
-    assert killed == 2 and ended.err.count("exitcode: -9") == 2
-    assert weights(run_dir(near)) == weights(run_dir(other))
-    assert curve(run_dir(near)) == curve(run_dir(other))
+    assert other.program(*command(strategy)).wait().code == 0
+    plan = RankKills(2, rank=rank, rng=random.Random(3), moments=("steps", "save"))
+    outcome = killed_ranks(strategy, near, plan, reference=run_dir(other), seconds=SECONDS)
+    assert len(outcome.kills) == 2 and outcome.attempts == 3
+    assert outcome.equal_weights and outcome.equal_curve

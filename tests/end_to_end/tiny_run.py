@@ -32,7 +32,7 @@ PRELOAD = [
     "matplotlib.backends.backend_svg",
 ]
 PRELOAD += ["transformers.models.phi3.modeling_phi3", "deepspeed"]  # looked for when saving
-PYTHON = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 STEPS = 24
 """Optimizer steps of each phase."""
 
@@ -113,12 +113,14 @@ class Place:
     """Where commands run and write: `runs`, `cache` and a working directory.
 
     `assets` holds what all places share: a model folder `model` and a folder of codes `codes`.
+    `starter` stands before `train.py`: Python, or torchrun.
     """
 
     folder: Path
     cache: Path
     assets: Path
     environment: dict[str, str] = field(default_factory=dict)
+    starter: list[str] = field(default_factory=lambda: [sys.executable])
     _count: int = 0
 
     @property
@@ -149,7 +151,7 @@ class Place:
         out, err = self._files()
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
-                [*PYTHON, str(TRAIN), *self._arguments(arguments)],
+                [*self.starter, str(TRAIN), *self._arguments(arguments)],
                 cwd=cwd or self.cwd,
                 env=self._env() | environment,
                 stdin=subprocess.DEVNULL,

@@ -50,7 +50,7 @@ from mediphi.errors import UserError
 from mediphi.modules.dpo import Objective
 from mediphi.modules.language_model import LanguageModelModule
 from mediphi.process_group import join_processes
-from mediphi.strategies.whole import OneDevice
+from mediphi.strategies.whole import Ddp, OneDevice
 
 TESTS = Path(__file__).parents[1]
 PAIRS = [tuple(map(int, row)) for row in np.random.default_rng(2).integers(2, 12, (19, 3))]
@@ -117,6 +117,8 @@ def start(strategy: str, place: Path, cases: Sequence[str], *, processes: int) -
 def make_strategy(name: str) -> Strategy:
     if name == "one":
         return OneDevice("cpu")
+    if name == "ddp":
+        return Ddp()
     if name.startswith("zero3"):
         from mediphi.strategies.zero3 import Zero3Strategy
 
@@ -180,8 +182,12 @@ class Norms(Callback):
     def __init__(self) -> None:
         self.found: list[float] = []
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step > len(self.found):
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
             self.found.append(float(pl_module._grad_norm))
 
 

@@ -32,7 +32,7 @@ def plain(place: Path) -> Callable[[str], Results]:
 def alone(place: Path, plain: Callable[[str], Results]) -> Results:
     """FSDP2 in one process."""
     plain("saved")
-    cases = (*CASES, "resumed:one-1", *FAULTS, "memory", "predicted")
+    cases = (*CASES, "resumed:one-1", "resumed:fsdp2-1", *FAULTS, "memory", "predicted")
     return start("fsdp2", place, cases, processes=1)
 
 
@@ -40,7 +40,8 @@ def alone(place: Path, plain: Callable[[str], Results]) -> Results:
 def two(place: Path, plain: Callable[[str], Results]) -> Results:
     """FSDP2 in two processes."""
     plain("saved")
-    cases = (*CASES, "resumed:one-1", *FAULTS, "memory", "predicted", "damaged")
+    resumed = ("resumed:one-1", "resumed:fsdp2-2")
+    cases = (*CASES, *resumed, *FAULTS, "memory", "predicted", "damaged")
     return start("fsdp2", place, cases, processes=2)
 
 
@@ -104,6 +105,17 @@ def test_scores_of_pairs_are_those_of_the_whole_model(place: Path, alone: Result
 
 
 # --- checkpoints
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_fit_ends_bitwise_like_the_undisturbed_one(
+    processes: int, alone: Results, two: Results
+):
+    found = alone if processes == 1 else two
+    resumed = found[f"resumed:fsdp2-{processes}"]
+    for ours, theirs in zip(resumed, found["saved"], strict=True):
+        assert ours["norms"] == theirs["norms"][2:] and ours["heldout"] == theirs["heldout"]
+    assert differs(resumed[0]["weights"], found["saved"][0]["weights"]) == 0.0
 
 
 def test_a_checkpoint_of_a_whole_model_goes_on_split(

@@ -61,6 +61,7 @@ def two(place: Path, plain: Callable[[str], Results]) -> Results:
     cases = (
         *CASES,
         "resumed:one-1",
+        "resumed:zero3-2",
         "poisoned",
         "poisoned_gradient",
         "memory",
@@ -189,6 +190,13 @@ def test_without_deepspeed_one_line_says_what_to_install(monkeypatch: pytest.Mon
 
 
 # --- checkpoints
+
+
+def test_a_resumed_fit_ends_bitwise_like_the_undisturbed_one(alone: Results, two: Results):
+    assert differs(alone["resumed"]["weights"], alone["saved"]["weights"]) == 0.0
+    for ours, theirs in zip(two["resumed:zero3-2"], two["saved"], strict=True):
+        assert ours["norms"] == theirs["norms"][2:] and ours["heldout"] == theirs["heldout"]
+    assert differs(two["resumed:zero3-2"][0]["weights"], two["saved"][0]["weights"]) == 0.0
 
 
 def test_a_checkpoint_of_a_whole_model_goes_on_split(two: Results, plain: Callable[[str], Results]):

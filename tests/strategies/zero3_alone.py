@@ -72,6 +72,7 @@ def main(place: Path) -> None:
     found["linear"] = nn.functional.linear is LINEAR
     found["bf16"] = run_case(place, "bf16", strategy="zero3")
     found["saved"] = run_case(place, "saved", strategy="zero3")
+    found["resumed"] = run_case(place, "resumed:zero3-1", strategy="zero3")
     found["offloaded"] = run_case(place, "saved", strategy="zero3_offload")
     found["predicted"] = run_predicted(place, strategy="zero3", processes=1)
     torch.save(found, place / "alone.pt")

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mediphi.batches import Batch
 from mediphi.errors import NonFiniteError, UserError
+from mediphi.process_group import from_all_ranks
 
 MAX_NAMES = 8
 
@@ -57,7 +57,7 @@ class FiniteGuard(Callback):
 
     def _message(self, trainer: Trainer, losses: Tensor, rows: list[Tensor], norm: Tensor) -> str:
         bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not _finite(loss)]
-        found = _from_all_ranks((bool(bad), self._names(bad or rows)))
+        found = from_all_ranks((bool(bad), self._names(bad or rows)))
         guilty = [names for is_bad, names in found if is_bad]
         what = "loss" if guilty else f"gradient norm {norm.item()}"
         names = "; ".join(guilty or [names for _, names in found])
@@ -79,14 +79,6 @@ def _gradient_norm(trainer: Trainer, optimizer: torch.optim.Optimizer) -> Tensor
         return strategy.gradient_norm()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     return torch.nn.utils.get_total_norm([g for g in grads if g is not None])
-
-
-def _from_all_ranks(mine: tuple[bool, str]) -> list[tuple[bool, str]]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    found = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def _finite(value: Any) -> bool:

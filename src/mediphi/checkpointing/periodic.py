@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mediphi.checkpointing.safe_io import remove_staging, retain, step_folder
 from mediphi.errors import Interrupted
+from mediphi.process_group import from_all_ranks
 
 
 class PeriodicCheckpoint(Callback):
@@ -42,11 +42,7 @@ class PeriodicCheckpoint(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Random states of every rank; Lightning calls this on all of them."""
-        states = [rng_states()]
-        if dist.is_available() and dist.is_initialized():
-            states = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(states, rng_states())
-        return {"rng": states}
+        return {"rng": from_all_ranks(rng_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["rng"]

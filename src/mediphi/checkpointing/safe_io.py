@@ -21,8 +21,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from mediphi.checkpointing.slices import slice_file
-from mediphi.checkpointing.together import is_rank_zero, together
+from mediphi.checkpointing.verified import forget, is_unchanged, remember, stamps
 from mediphi.errors import ArtifactError, MachineError
+from mediphi.process_group import is_rank_zero, together
 
 STATE, MANIFEST, POINTER = "state.pt", "manifest.json", "last"
 FORMAT = 2
@@ -84,6 +85,7 @@ class SafeCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Take the folder away; a kill half-way leaves a staging name, never half a checkpoint."""
         folder = Path(path)
+        forget(folder)
         if folder.exists():
             doomed = folder.with_name(f".{folder.name}.removed")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -134,6 +136,7 @@ def refuse_damaged(checkpoint: Path) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
     try:
+        before = stamps(checkpoint)
         text = (checkpoint / MANIFEST).read_bytes()
         manifest = json.loads(text)
         if text != _manifest_bytes(manifest):
@@ -147,7 +150,10 @@ def damage(checkpoint: Path) -> str | None:
     if manifest["step"] != step_of(checkpoint):
         return f"{MANIFEST} is of step {manifest['step']}"
     faults = (_file_damage(checkpoint / n, file) for n, file in manifest["files"].items())
-    return next((fault for fault in faults if fault is not None), None)
+    found = next((fault for fault in faults if fault is not None), None)
+    if found is None:
+        remember(checkpoint, before)
+    return found
 
 
 def _file_damage(path: Path, expected: dict[str, Any]) -> str | None:
@@ -170,14 +176,15 @@ def file_sha256(path: Path) -> str:
 def retain(folder: Path, keep: int) -> None:
     """Delete checkpoints older than the newest `keep` valid ones.
 
-    Damaged ones do not count and, if newer than those kept, stay for the user to see.
+    Damaged ones do not count and, if newer than those kept, stay for the user to see. What this
+    process has written or verified is not read again unless its files have changed.
     """
     io_ = SafeCheckpointIO()
     valid = 0
     for checkpoint in reversed(checkpoints_in(folder)):
         if valid >= keep:
             io_.remove_checkpoint(checkpoint)
-        elif damage(checkpoint) is None:
+        elif is_unchanged(checkpoint) or damage(checkpoint) is None:
             valid += 1
 
 
@@ -261,6 +268,9 @@ def _finish(files: dict[str, Any], checkpoint: dict[str, Any], staging: Path, ta
     _write_synced(staging / MANIFEST, _manifest_bytes(manifest))
     _sync_folder(staging)
     _replace_folder(staging, target)
+    found = stamps(target)
+    if all(name in found and found[name].size == file["size"] for name, file in files.items()):
+        remember(target, found)  # hashed while it was written
     _write_synced(target.parent / POINTER, f"{target.name}\n".encode())
 
 

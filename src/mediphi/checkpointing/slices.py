@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mediphi.checkpointing.together import is_distributed
 from mediphi.errors import ArtifactError
+from mediphi.process_group import is_distributed
 
 PATTERN = "slices-*.pt"
 

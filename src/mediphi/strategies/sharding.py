@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from jaxtyping import Float32
 from safetensors import safe_open
@@ -25,6 +24,7 @@ from mediphi.backbone import (
     shapes_of,
 )
 from mediphi.errors import UserError
+from mediphi.process_group import from_all_ranks, is_rank_zero
 
 Result = TypeVar("Result")
 
@@ -109,10 +109,7 @@ class StoredWeights:
             ArtifactError: on all ranks, if one has read NaN, infinity, or a tied tensor that is
                 stored twice with different values.
         """
-        found = [(self._not_finite, self._not_tied)]
-        if dist.is_initialized():
-            found *= dist.get_world_size()
-            dist.all_gather_object(found, found[0])
+        found = from_all_ranks((self._not_finite, self._not_tied))
         not_finite, not_tied = (set().union(*sets) for sets in zip(*found, strict=True))
         refuse_misfits(self._folder, {"not finite": not_finite, "tied, but differ": not_tied})
 
@@ -139,7 +136,7 @@ def whole_model(strategy: Sharded, spec: BackboneSpec, split: PreTrainedModel) -
     All ranks take part.
     """
     tensors = dict(strategy.whole_tensors(split))
-    if dist.is_initialized() and dist.get_rank():
+    if not is_rank_zero():
         return None
     model = shapes_of(spec)
     with stand_ins(model):
