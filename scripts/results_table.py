@@ -52,7 +52,10 @@ COLUMNS = {
         "method documents recall precision documents_per_cpu_s cpu_ratio_to_mediphi "
         "cpu_ratio_spread peak_memory_bytes_per_document minutes_for_2_5_million"
     ),
-    "planner_memory": "configuration predicted_mib measured_mib ratio predicted_s measured_s",
+    "planner_memory": (
+        "configuration fitted predicted_mib measured_mib ratio "
+        "predicted_tokens_per_s measured_tokens_per_s measured_over_predicted"
+    ),
     "sft_step": (
         "precision peer wall_ratio wall_ratio_spread cpu_ratio flops_ratio memory_ratio "
         "tokens_per_s_ours tokens_per_s_theirs "

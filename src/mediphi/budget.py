@@ -16,7 +16,15 @@ from mediphi.config.stages import ChatStage, DpoStage
 from mediphi.engine import Device, training_flops
 from mediphi.errors import UserError
 from mediphi.lora import add_adapters
-from mediphi.strategies.memory import FLOAT32, Sizes, added, layer_sizes, reserved, splits
+from mediphi.strategies.memory import (
+    FLOAT32,
+    Sizes,
+    added,
+    layer_sizes,
+    master_copy,
+    reserved,
+    splits,
+)
 
 KEPT_BYTES = {"32-true": (44, 16), "bf16-mixed": (30, 8)}
 """What a layer keeps for backward of a token: bytes for each unit of its hidden state, and of its
@@ -163,6 +171,7 @@ def _memory_bytes(
     """Of one process, by the items of `planning.memory`."""
     hardware = config.hardware
     state = FLOAT32 * (sizes.parameters + 3.0 * sizes.trained)  # gradients, AdamW's two moments
+    state += master_copy(sizes, strategy=hardware.strategy)
     rounded = 2.0 * products if device.precision == "bf16-mixed" else 0.0
     if splits(hardware.strategy):
         state, rounded = state / config.world_size, 0.0

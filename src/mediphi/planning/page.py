@@ -8,7 +8,6 @@ from mediphi.engine import Device
 from mediphi.phases import PhasePlan
 from mediphi.planning.memory import Memory
 from mediphi.planning.plan import Change, Plan, Planner
-from mediphi.planning.speed import BANDWIDTH_SHARE, MATMUL_SHARE
 
 
 def show_plan(planner: Planner, *, free_bytes: int) -> None:
@@ -21,7 +20,7 @@ def show_plan(planner: Planner, *, free_bytes: int) -> None:
     print(
         f"device      {run.config.world_size} x {run.device.name}{where} ({run.device.precision})"
     )
-    show_memory(plan.memory, available=plan.available)
+    show_memory(plan.memory, available=plan.available, num_devices=run.config.hardware.devices)
     if recomputed := run.budget.recomputed_layers:
         layers = run.budget.model_config.num_hidden_layers
         print(f"            {recomputed} of {layers} layers are recomputed in backward")
@@ -54,8 +53,8 @@ def show_phases(phases: Sequence[PhasePlan]) -> None:
         )
 
 
-def show_memory(memory: Memory, *, available: float) -> None:
-    """A line per item, in GB of 1e9 bytes."""
+def show_memory(memory: Memory, *, available: float, num_devices: int) -> None:
+    """A line per item, in GB of 1e9 bytes; what is offloaded by all processes of a machine."""
     print("memory      of a process at its largest moment, GB")
     for name, size in memory.items.items():
         print(f"  {name:<18}{size / 1e9:>9.3f}")
@@ -63,6 +62,12 @@ def show_memory(memory: Memory, *, available: float) -> None:
     print(f"  {'total':<18}{memory.total / 1e9:>9.3f}  of {available / 1e9:.1f}: {fits}")
     for name, size in memory.host.items():
         print(f"  {name:<18}{size / 1e9:>9.3f}  in the machine's memory")
+    if memory.host:
+        offloaded = sum(memory.host.values())
+        print(
+            f"  {'total':<18}{offloaded / 1e9:>9.3f}  in the machine's memory, "
+            f"{num_devices * offloaded / 1e9:.1f} of all its processes"
+        )
 
 
 def show_time(plan: Plan, *, device: Device, num_devices: int) -> None:
@@ -72,11 +77,17 @@ def show_time(plan: Plan, *, device: Device, num_devices: int) -> None:
         f"time        about {_duration(plan.seconds)} of steps, "
         f"{plan.tokens / plan.seconds:,.0f} tokens/s, {hours * num_devices:.2f} device-hours"
     )
-    rates = plan.rates
+    rates, factors = plan.rates, plan.factors
+    kind = "CPU" if device.type == "cpu" else "GPU"
+    reached = (
+        "were reached by steps measured on a"
+        if factors.measured
+        else ("are assumed to be reached, not yet measured on a")
+    )
     print(
         f"            from {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s "
-        f"({rates.source}), of which {MATMUL_SHARE[device.type]:.0%} and "
-        f"{BANDWIDTH_SHARE[device.type]:.0%} are assumed to be reached"
+        f"({rates.source}), of which {factors.products:.0%} and {factors.traffic:.0%} "
+        f"{reached} {kind}"
     )
 
 

@@ -20,7 +20,7 @@ from mediphi.engine import Device
 from mediphi.phases import PhasePlan, Training, plan_phases
 from mediphi.planning.dry_run import Footprint, dry_run
 from mediphi.planning.memory import Memory, memory_of
-from mediphi.planning.speed import Rates, Work, rates_of, work_of
+from mediphi.planning.speed import FACTORS, Factors, Rates, Work, rates_of, work_of
 from mediphi.resources import free_memory
 from mediphi.stages import make_module
 from mediphi.strategies.memory import splits
@@ -36,16 +36,25 @@ class Plan:
     Attributes:
         memory: of one rank.
         available: bytes of its device.
-        seconds: of all optimizer steps; start, exams and checkpoints apart.
-        tokens: of all optimizer steps.
+        works: of all optimizer steps, a phase each.
+        tokens: of all optimizer steps, of all ranks.
+        footprint: of the micro-batch that memory is planned for.
         rates: of the device.
+        factors: what of the rates is reached.
     """
 
     memory: Memory
     available: float
-    seconds: float
+    works: tuple[Work, ...]
     tokens: int
+    footprint: Footprint
     rates: Rates
+    factors: Factors
+
+    @property
+    def seconds(self) -> float:
+        """Of all optimizer steps; start, exams and checkpoints apart."""
+        return sum(work.seconds(self.rates, self.factors) for work in self.works)
 
     @property
     def fits(self) -> bool:
@@ -70,17 +79,15 @@ class Planner:
         plans = [_largest(plan) for plan in run.phases]
         phase, batch = max(plans, key=lambda found: _size(found[1]))
         footprint = self._footprint(run, phase, batch)
-        seconds = sum(
-            plan.num_steps * work.seconds(self._rates, device_type=run.device.type)
-            for plan in run.phases
-            for work in [_work(run, plan, batch, footprint)]
-        )
+        works = (_work(run, p, batch, footprint).times(p.num_steps) for p in run.phases)
         return Plan(
             memory=memory_of(footprint, config=run.config, device=run.device),
             available=available_memory(run.device, config=run.config),
-            seconds=seconds,
+            works=tuple(works),
             tokens=sum(plan.data.train_plan.num_tokens for plan in run.phases),
+            footprint=footprint,
             rates=self._rates,
+            factors=FACTORS[run.device.type, run.device.precision],
         )
 
     def fitting_change(self) -> Change | None:
@@ -202,8 +209,8 @@ def _work(run: Training, plan: PhasePlan, batch: Batch, footprint: Footprint) ->
     return work_of(
         flops=budget.batch_flops(batch) * share,
         traffic=footprint.traffic * share,
-        num_parameters=budget.num_parameters,
-        num_trained=budget.num_trained,
+        operations=footprint.operations,
+        budget=budget,
         recomputed_share=recomputed_share(run),
         config=run.config,
     )

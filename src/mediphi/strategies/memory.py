@@ -6,6 +6,8 @@ from typing import Any, Literal
 FLOAT32 = 4
 ZERO3_LIVE = 1_050_000_000
 """Parameters that DeepSpeed keeps gathered at most: `stage3_max_live_parameters` and a prefetch."""
+ZERO3_PREFETCH = 50_000_000
+"""Parameters that arrive at a time at most: `stage3_prefetch_bucket_size`."""
 ZERO3_BUCKET = 50_000_000
 """Gradients that ZeRO-3 reduces at a time: 200 MB of float32."""
 CUDA_CONTEXT = 1.0e9
@@ -59,6 +61,15 @@ def added(sizes: Sizes, *, strategy: str, precision: str) -> dict[str, float]:
     return {}
 
 
+def master_copy(sizes: Sizes, *, strategy: str) -> float:
+    """Bytes of the weights that ZeRO-3's AdamW steps, of all ranks together.
+
+    DeepSpeed would step float32 weights in place, but compares their device with the device's name,
+    which are never equal, and copies them (0.19.8, `_create_fp32_partitions`).
+    """
+    return float(FLOAT32 * sizes.trained) if strategy == "zero3" else 0.0
+
+
 def reserved(passing: float) -> float:
     """What a CUDA context takes, and its allocator loses of a micro-batch's `passing` bytes."""
     return CUDA_CONTEXT + ALLOCATOR_SHARE * passing
@@ -77,6 +88,7 @@ def _fsdp2_gathered(sizes: Sizes, width: Literal[2, 4]) -> float:
 
 
 def _zero3_gathered(sizes: Sizes, width: Literal[2, 4]) -> float:
-    """Weights stay gathered until so many are."""
+    """Weights stay gathered until so many are, in float32 whatever they were sent in."""
     in_layers = sizes.parameters - sizes.root
-    return float(FLOAT32 * sizes.root + width * min(ZERO3_LIVE, in_layers))
+    live = sizes.root + min(ZERO3_LIVE, in_layers)
+    return float(FLOAT32 * live + width * min(ZERO3_PREFETCH, in_layers))
