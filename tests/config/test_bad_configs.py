@@ -11,13 +11,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mediphi.config import check, load
+from mediphi.door.enter import forced
 from mediphi.errors import MAX_LINES, ConfigError
 
 LONG = "x" * 5000
 
 ONE_PROBLEM = [
     # Groups and options.
-    (["stage=pitt"], "stage=pitt: allowed: dapt, doctor, dpo, pit, sft; did you mean pit?"),
+    (["stage=pitt"], "stage=pitt: allowed: dapt, doctor, dpo, merge, pit, search, sft; did you mean pit?"),
     (["logger=foo"], "logger=foo: allowed: csv, tensorboard, wandb"),
     (["corpus=medcod"], "did you mean medcode?"),
     (["corpus=paper/medcod"], "corpus=paper/medcod: allowed: paper/clinical, "),
@@ -161,7 +162,7 @@ CHAT_PROBLEM = [
     (["stage=sft", "corpus=mediflow_dpo"], "yields preference pairs; take corpus=mediflow"),
     (["stage=dapt", "corpus=mediflow"], "take corpus=medcode"),
     (["experiment=smoke_sftt"], "did you mean smoke_sft?"),
-    (["stage=sfd", "corpus=mediflow"], "stage=sfd: allowed: dapt, doctor, dpo, pit, sft"),
+    (["stage=sfd", "corpus=mediflow"], "stage=sfd: allowed: dapt, doctor, dpo, merge, pit, search, sft"),
     # Sources of rows.
     ([*SFT, "corpus.sources.mediflow.format=mediflw"], "did you mean mediflow?"),
     ([*SFT, "corpus.sources.mediflow.format=mediflow_dpo"], "must all yield the same kind"),
@@ -361,3 +362,44 @@ def test_any_value_anywhere_is_accepted_or_told_never_a_crash() -> None:
         assert all(text.isprintable() and len(text) < 400 for text in lines), lines
         accepted += config is not None
     assert 0 < accepted < len(sample) / 2
+
+
+MERGE_PROBLEM = {
+    ("stage=merge",): "merge: stage=merge needs a method: merge=slerp, merge=breadcrumbs, ...",
+    ("stage=merge", "merge=slerp"): "merge.models: slerp needs 1 or more; give merge.models.NAME",
+    ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.parameters.t=2"): (
+        "merge.parameters.t=2: must be from 0 to 1"
+    ),
+    ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.models.b.path=y"): (
+        "slerp merges 1 with the base, here are 2"
+    ),
+    ("stage=merge", "merge=ties", "merge.models.a.path=x", "merge.parameters.densty=1"): (
+        "merge.parameters.densty=1: ties has weight, density, normalize, rescale, lambda; "
+        "did you mean density?"
+    ),
+    ("stage=merge", "merge=linear", "merge.models.a.path=x", "merge.base=y"): (
+        "merge.base=y: linear has none; list it among the models"
+    ),
+    ("stage=merge", "merge=ties", "merge.models.a.path=x", "merge.method=tie"): (
+        "did you mean ties?"
+    ),
+    ("stage=merge", "merge=ties", "merge.models.a.path=x", "merge.models.a.parameters.lambda=1"): (
+        "one for all models: merge.parameters.lambda"
+    ),
+    ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.parameters.t=[]"): (
+        "must have at least one entry"
+    ),
+    ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.config=f.yml"): (
+        "merge.method=slerp: give either a method (merge=slerp) or merge.config=FILE"
+    ),
+    ("stage=merge", "merge=mergekit", "merge.config=f.yml", "merge.models.a.path=x"): (
+        "merge.config says it, leave it out here"
+    ),
+    ("stage=pit", "merge=slerp", "merge.models.a.path=x"): "stage=pit merges nothing",
+}
+
+
+@pytest.mark.parametrize("overrides", MERGE_PROBLEM, ids=lambda one: MERGE_PROBLEM[one][:40])
+def test_what_a_merge_may_not_say_is_one_line(overrides: tuple[str, ...]) -> None:
+    (line,) = report(*map(forced, overrides))
+    assert MERGE_PROBLEM[overrides] in line

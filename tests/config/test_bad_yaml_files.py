@@ -32,7 +32,7 @@ FILES = {
     "defaults_not_a_list": ("defaults: {a: 1}\n", "defaults must be a list"),
     "unknown_default": (
         "defaults: [config, {override stage: nope}]\n",
-        "allowed: dapt, doctor, dpo, pit, sft",
+        "allowed: dapt, doctor, dpo, merge, pit, search, sft",
     ),
     "missing_default": ("defaults: [nowhere]\n", "nowhere: no such config"),
     "typo": (ON_TOP + "stage: {phase2: {lrr: 1}}\n", "did you mean stage.phase2.lr?"),
