@@ -23,6 +23,7 @@ ALLOWED = {
     "blocks": {"batches"},
     "attention": CONTRACTS | {"blocks"},
     **dict.fromkeys(LEAVES, CONTRACTS),
+    "merge": CONTRACTS | {"artifacts"},
     "modules": CONTRACTS | {"attention", "backbone", "strategies"},
     "strategies": CONTRACTS | {"attention", "backbone", "checkpointing"},
     "door": {"config", "errors"},
