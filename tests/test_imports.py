@@ -23,7 +23,7 @@ ALLOWED = {
     "blocks": {"batches"},
     "attention": CONTRACTS | {"blocks"},
     **dict.fromkeys(LEAVES, CONTRACTS),
-    "merge": CONTRACTS | {"artifacts", "resources"},
+    "merge": CONTRACTS | {"artifacts", "resources", "html_page"},
     "modules": CONTRACTS | {"attention", "backbone", "strategies"},
     "strategies": CONTRACTS | {"attention", "backbone", "checkpointing", "process_group"},
     "door": {"config", "errors"},

@@ -22,9 +22,7 @@ from mediphi import attention, hub
 from mediphi.config.stages import Lora
 from mediphi.errors import ArtifactError, UserError
 from mediphi.lora import add_adapters
-
-STOP_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
-"""Phi-3.5 stops at any of them; a merged or exported model that loses one talks on."""
+from mediphi.records import STOP_TOKENS
 
 EOS_TOKEN = "<|endoftext|>"
 

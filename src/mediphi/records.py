@@ -36,6 +36,9 @@ PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
+STOP_TOKENS = ("<|end|>", "<|assistant|>", "<|endoftext|>")
+"""Phi-3.5 stops at any of them; a merged or exported model that loses one talks on."""
+
 Label = Literal["task_type", "error_type"]
 LABELS: tuple[Label, ...] = get_args(Label)
 """What a row says about itself that metrics are told apart by; empty where it says nothing."""

@@ -1,0 +1,213 @@
+"""Hugging Face folders, read tensor by tensor from memory maps. Pickles are never opened."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mediphi.errors import ArtifactError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Of numbers that can be merged, by their names in safetensors."""
+WHOLE_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Of numbers that must be the same in all models."""
+
+
+class Stored(NamedTuple):
+    """A tensor as its file describes it."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open model folder.
+
+    Attributes:
+        config: what config.json holds.
+        tensors: what it stores by name, in the order of its files.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    _files: Mapping[str, Any] = field(repr=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A view into the memory-mapped file: it takes no memory of its own, do not write to it.
+
+        Raises:
+            ArtifactError: the file cannot be read.
+        """
+        file = self.tensors[name].file
+        try:
+            return self._files[file].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise _damaged(self.folder / file, error) from None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model folder; a run directory of ours stands for its `model/`.
+
+    Only headers are read. What the files promise is checked against what they hold.
+
+    Raises:
+        ArtifactError: nothing there, pickles only, a damaged file, a tensor that is missing, stored
+            twice or not a number, an index that names a missing file or one outside the folder.
+    """
+    folder = _model_folder(path)
+    config = read_json(folder / CONFIG)
+    weight_map = _weight_map(folder)
+    files = sorted(set(weight_map.values())) if weight_map else [WEIGHTS]
+    opened: dict[str, Any] = {}
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        path = _inside(folder, file)
+        try:
+            opened[file] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+        headers = _read_header(path)
+        if weight_map:
+            _check_index(folder, file, headers.keys(), weight_map)
+        tensors |= {name: _stored(path, name, header) for name, header in headers.items()}
+    if not tensors:
+        raise ArtifactError(f"{folder}: {files[0]} holds no tensor; {_RESTORE}")
+    return Checkpoint(folder, config, tensors, opened)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ArtifactError: not readable, not an object, or a key stands there twice.
+    """
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: not a JSON object")
+    return content
+
+
+_RESTORE = "fetch the model again, or name another folder"
+
+
+def _model_folder(path: Path) -> Path:
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such folder; give a local Hugging Face folder")
+    if (path / "config.yaml").is_file():
+        raise ArtifactError(f"{path}: this run is not finished: run the same command again")
+    raise ArtifactError(f"{path}: no {CONFIG} there; give a Hugging Face folder")
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """From tensors to files; None where there is one file only."""
+    index, single = folder / INDEX, folder / WEIGHTS
+    if not index.exists():
+        if not single.exists():
+            pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+            found = f"only pickles ({', '.join(pickles[:3])}), which are refused" if pickles else ""
+            raise ArtifactError(
+                f"{folder}: no {WEIGHTS}{': ' + found if found else ''}; save the model as "
+                "safetensors, or name another folder"
+            )
+        return None
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not all(isinstance(f, str) for f in content.values()):
+        raise ArtifactError(f"{index}: has no weight_map from tensors to files; {_RESTORE}")
+    if not content:
+        raise ArtifactError(f"{index}: its weight_map names no tensor; {_RESTORE}")
+    if single.exists() and set(content.values()) != {WEIGHTS}:
+        raise ArtifactError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove one of them")
+    return content
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The file's path; refused where it leaves the folder, except into the hub cache it is of."""
+    path = folder / file
+    if Path(file).name != file or file in ("", ".", ".."):
+        raise ArtifactError(f"{folder / INDEX}: names {file!r}, outside of the folder; {_RESTORE}")
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: {file!r} is named by its index but missing; {_RESTORE}")
+    home, place = folder.resolve(), path.resolve().parent
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if place not in (home, blobs):
+        raise ArtifactError(f"{path}: a link to outside of the folder; put the file itself there")
+    return path
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """The header of a file that safetensors could open, which takes the last of two same names."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        raw = file.read(size)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    header.pop("__metadata__", None)
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+
+
+def _check_index(folder: Path, file: str, held: Any, weight_map: Mapping[str, str]) -> None:
+    """Index and file must tell the same."""
+    promised = {name for name, theirs in weight_map.items() if theirs == file}
+    if missing := promised - held:
+        raise ArtifactError(
+            f"{folder}: tensor {min(missing)} is not in {file}, where the index has it; {_RESTORE}"
+        )
+    if extra := held - promised:
+        name = min(extra)
+        other = weight_map.get(name)
+        fault = f"stored twice, in {other} and {file}" if other else f"in {file}, not in the index"
+        raise ArtifactError(f"{folder}: tensor {name} is {fault}; {_RESTORE}")
+
+
+def _stored(path: Path, name: str, header: Mapping[str, Any]) -> Stored:
+    dtype = (DTYPES | WHOLE_DTYPES).get(header["dtype"])
+    if dtype is None:
+        allowed = ", ".join(str(own).removeprefix("torch.") for own in DTYPES.values())
+        raise ArtifactError(
+            f"{path.parent}: tensor {name} is {header['dtype']}; weights of {allowed} can be merged"
+        )
+    return Stored(path.name, dtype, tuple(header["shape"]))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} stands there twice")
+    return content
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path}: damaged ({_first_line(error)}); {_RESTORE}")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__
