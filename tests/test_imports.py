@@ -22,6 +22,7 @@ ALLOWED = {
     "artifacts": {"errors"},
     "blocks": {"batches"},
     "attention": CONTRACTS | {"blocks"},
+    "html_page": set(),
     **dict.fromkeys(LEAVES, CONTRACTS),
     "merge": CONTRACTS | {"artifacts", "resources", "html_page"},
     "modules": CONTRACTS | {"attention", "backbone", "strategies"},

@@ -1,0 +1,89 @@
+"""What a search asks of its candidates: the fitness, its answer, and when to give up on one."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from mediphi.merge.search.space import Genome
+
+Hopeless = Callable[[Sequence[int], Sequence[int], Sequence[int]], bool]
+"""(right answers, items done, all items), each with one number per validation set -> give up?"""
+
+Items = Mapping[str, Sequence[bool]]
+"""By validation set: whether each item was answered right, always in the same order."""
+
+
+class CandidateError(Exception):
+    """This candidate cannot be scored, and the search goes on; the message is one line."""
+
+
+class Evaluation(NamedTuple):
+    """A candidate's answer on one split.
+
+    Attributes:
+        fitness: more is better; where `items` are given, the mean over sets of their accuracy.
+        by_set: score per validation set.
+        items: what corrected scores and intervals are made of; {}: there are none.
+        stopped: given up as hopeless: `fitness` is an estimate from the items done.
+    """
+
+    fitness: float
+    by_set: Mapping[str, float] = MappingProxyType({})
+    items: Items = MappingProxyType({})
+    stopped: bool = False
+
+
+Fitness = Callable[[Genome, Hopeless | None], Evaluation]
+"""Scores a genome on the search split; raises CandidateError where it cannot be scored."""
+
+Holdout = Callable[[Genome], Evaluation]
+"""Scores a genome on the hold-out split, right after the search split of the same genome."""
+
+
+def accuracy(items: Items) -> float:
+    """Mean over the sets of the share of right answers."""
+    return fmean(fmean(of_set) for of_set in items.values())
+
+
+def make_hopeless(best: float, *, number: int, risk: float) -> Hopeless:
+    """A test whether a candidate can still beat `best`, the highest fitness so far.
+
+    It gives up when an upper bound of the candidate's final fitness, the mean over sets of their
+    accuracy, is not above `best`. Two bounds, the lower counts:
+
+    - all items left are answered right. It is certain.
+    - with `risk` above 0: the mean so far plus sqrt(ln(1 / d) / 2 * sum_s (1 - (n_s - 1) / N_s) /
+      (S^2 n_s)), n_s of N_s items done in each of S sets: Hoeffding's inequality (Hoeffding 1963,
+      theorem 2) with Serfling's factor for drawing without replacement (Serfling 1974, corollary
+      1.1). d = risk * 36 / (pi^4 * number^2 * look^2), so that the union bound over all looks at
+      all candidates holds, however many there will be: with probability 1 - `risk` no candidate
+      that is better than the best before it is given up, and so not the search's winner.
+
+    The second needs the items in an order drawn at random and independent of earlier evaluations.
+    A candidate given up is told to the strategy with its estimate: the order of candidates behind
+    the best may differ from that of their full scores.
+
+    Args:
+        best: highest fitness of an earlier candidate with all items.
+        number: of this evaluation in the search, from 1.
+        risk: chance, over the whole search, of giving up a candidate that would have won.
+    """
+    looks = 0
+
+    def hopeless(correct: Sequence[int], done: Sequence[int], total: Sequence[int]) -> bool:
+        nonlocal looks
+        looks += 1
+        right, seen, size = (np.asarray(x, np.float64) for x in (correct, done, total))
+        bound = float(np.mean((right + size - seen) / size))
+        if risk > 0 and (seen > 0).all():
+            chance = risk * 36 / (math.pi**4 * number**2 * looks**2)
+            spread = np.sum((1 - (seen - 1) / size) / seen) / len(size) ** 2
+            mean = float(np.mean(right / seen))
+            bound = min(bound, mean + math.sqrt(-math.log(chance) / 2 * float(spread)))
+        return bound <= best
+
+    return hopeless

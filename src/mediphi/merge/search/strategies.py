@@ -1,0 +1,140 @@
+"""Who proposes candidates: CMA-ES, random points, or all combinations of a grid.
+
+A strategy is a function of its seed and of what it was told. Nothing else: a search that was killed
+is rebuilt by telling it again what the ledger holds.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mediphi.errors import UserError
+from mediphi.merge.search.space import Space
+
+StrategyName = Literal["cmaes", "random", "grid"]
+Point = NDArray[np.float64]
+"""`[coordinates]` in the unit cube."""
+
+LARGEST_GRID = 100_000
+
+
+class Strategy(Protocol):
+    """Ask, evaluate all, tell, ask again."""
+
+    def ask(self) -> list[Point]:
+        """The next generation; []: there is nothing more to try."""
+        ...
+
+    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+        """The fitness of the generation last asked for, all finite; more is better."""
+        ...
+
+
+class Cmaes:
+    """CMA-ES of the library `cma` (Hansen & Ostermeier 2001; Hansen, Akimoto & Baudis, pycma).
+
+    It samples the unit cube, kept within it by the library's `BoundTransform`. Where the library
+    finds that it has converged (all of a generation equal, or steps below its tolerances), it
+    starts anew from a point drawn uniformly, until the budget ends.
+
+    Args:
+        seed: of a `RandomState` of its own: the global one of numpy is neither read nor touched.
+        sigma: first standard deviation, as a share of every coordinate's bounds.
+        population: candidates in a generation; None: 4 + 3 ln(coordinates), the library's default.
+    """
+
+    def __init__(self, space: Space, *, seed: int, sigma: float, population: int | None) -> None:
+        self._num, self._sigma, self._population = len(space.coordinates), sigma, population
+        self._random = np.random.RandomState(seed)
+        self._begin(space.start)
+
+    def _begin(self, start: Point) -> None:
+        import cma  # half a second
+
+        # The library fails in one dimension: the second is idle.
+        idle = [0.5] * (2 - len(start))
+        options = {
+            "bounds": [0, 1],
+            "randn": self._random.randn,
+            "seed": math.nan,  # leave the global generator alone
+            "popsize": self._population,
+            "verbose": -10,  # above, a file in the working directory changes options
+            "verb_log": 0,
+            "verb_disp": 0,
+        }
+        if self._population is None:
+            del options["popsize"]
+        self._es = cma.CMAEvolutionStrategy([*start, *idle], self._sigma, options)
+
+    def ask(self) -> list[Point]:
+        if self._es.stop():
+            self._begin(self._random.uniform(size=self._num))
+        self._asked = self._es.ask()
+        return [point[: self._num] for point in self._asked]
+
+    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+        self._es.tell(self._asked, [-value for value in fitness])  # the library minimises
+
+
+class Random:
+    """Points drawn uniformly: what a search must beat."""
+
+    def __init__(self, space: Space, *, seed: int, population: int) -> None:
+        self._random = np.random.default_rng(seed)
+        self._shape = population, len(space.coordinates)
+
+    def ask(self) -> list[Point]:
+        return list(self._random.uniform(size=self._shape))
+
+    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+        """Nothing is learned."""
+
+
+class Grid:
+    """All combinations of given values, the last coordinate fastest; one generation.
+
+    Args:
+        values: by coordinate (`weight/pubmed`) or, for all its coordinates, by parameter
+            (`weight`), in the parameter's own unit.
+
+    Raises:
+        UserError: a coordinate has no values, or one lies outside its bounds.
+    """
+
+    def __init__(self, space: Space, values: Mapping[str, Sequence[float]]) -> None:
+        axes = [_axis(own.name, own.parameter, values) for own in space.coordinates]
+        known = {name for own in space.coordinates for name in (own.name, own.parameter)}
+        if unknown := [name for name in values if name not in known]:
+            raise UserError(
+                f"grid has values for {unknown[0]}; the search moves {', '.join(space.names)}"
+            )
+        for own, axis in zip(space.coordinates, axes, strict=True):
+            if outside := [value for value in axis if not own.low <= value <= own.high]:
+                raise UserError(
+                    f"grid value {own.name}={outside[0]:g} lies outside its bounds "
+                    f"[{own.low:g}, {own.high:g}]"
+                )
+        if (size := math.prod(map(len, axes))) > LARGEST_GRID:
+            raise UserError(f"the grid has {size:,} combinations; at most {LARGEST_GRID:,}")
+        self._points = [
+            space.encode(dict(zip(space.names, combination, strict=True)))
+            for combination in itertools.product(*axes)
+        ]
+
+    def ask(self) -> list[Point]:
+        points, self._points = self._points, []
+        return points
+
+    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+        """Nothing is learned."""
+
+
+def _axis(name: str, parameter: str, values: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    axis = values.get(name, values.get(parameter, ()))
+    if not axis:
+        raise UserError(f"grid has no values for {name}; give some for {name} or {parameter}")
+    return axis
