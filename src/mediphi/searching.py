@@ -189,7 +189,8 @@ def _found(
                 settings=settings,
                 ledger_path=folder / LEDGER,
                 holdout=bench.holdout,
-                on_record=log,
+                on_evaluation=log,
+                on_known=log,
             )
         exit_code = 0
         return found

@@ -36,6 +36,7 @@ def search(
     ledger_path: Path,
     holdout: Holdout | None = None,
     on_evaluation: Callable[[Record], None] | None = None,
+    on_known: Callable[[Record], None] | None = None,
 ) -> SearchResult:
     """Find the genome with the highest fitness, or go on where a killed search was.
 
@@ -48,8 +49,8 @@ def search(
         fitness: on the search split, by which the winner is chosen.
         holdout: scores every new best on a split that is never used for choosing; a candidate that
             fails there has failed.
-        on_evaluation: called with every new record once it is on the disk, not with those of
-            earlier runs.
+        on_evaluation: called with every new record once it is on the disk.
+        on_known: called with those of earlier runs, in their order, before the new ones.
 
     Raises:
         UserError: the settings do not fit, or a whole generation failed before any candidate was
@@ -62,7 +63,7 @@ def search(
     identity = {**space.description(), **settings.description()}
     with Ledger(ledger_path, identity) as ledger, make_progress(budget) as progress:
         run = _Search(space, fitness, holdout, settings, ledger)
-        ended = run.go(strategy, budget, _Watch(progress, on_evaluation))
+        ended = run.go(strategy, budget, _Watch(progress, on_evaluation, on_known))
         return run.result(ended)
 
 
@@ -71,6 +72,7 @@ class _Watch(NamedTuple):
 
     progress: Progress
     on_evaluation: Callable[[Record], None] | None
+    on_known: Callable[[Record], None] | None
 
 
 class _Search:
@@ -146,8 +148,8 @@ class _Search:
         best = None if self._winner is None else self._winner.fitness
         done = len(self._tried)
         watch.progress.show(Standing(done, record.fitness, best, self._num_failed, self._seconds))
-        if is_new and watch.on_evaluation is not None:
-            watch.on_evaluation(record)
+        if (tell := watch.on_evaluation if is_new else watch.on_known) is not None:
+            tell(record)
         return True
 
     def _take(self, key: tuple[float, ...], record: Record) -> None:
