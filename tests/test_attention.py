@@ -415,6 +415,37 @@ def test_every_token_sees_its_own_past_once_and_padding_is_bounded(pairs: list[A
         assert bool((seen * growth >= keys.shape[1]).all())
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(0, 99))
+def test_every_of_many_answers_sees_its_prompt_and_itself_alone(
+    num_answers: int, num_prompts: int, seed: int
+):
+    lengths = np.random.default_rng(seed).integers(1, 9, (num_prompts, 1 + num_answers))
+    cu_parts = torch.tensor([0, *lengths.flatten().tolist()]).cumsum(0).int()
+    tokens = int(cu_parts[-1])
+    expected = torch.zeros(tokens, tokens, dtype=torch.long)
+    for prompt, *answers in cu_parts.unfold(0, num_answers + 2, num_answers + 1).tolist():
+        for start, end in [(prompt, answers[0]), *pairwise(answers)]:
+            expected[start:end, prompt : answers[0]] = 1
+            expected[start:end, start:end] = 1
+    expected = expected.tril()
+    blocks = shared_prompt_blocks(cu_parts, num_answers=num_answers)
+    assert torch.equal(visible_by(blocks, tokens), expected)
+    options = attention.shared_prompt_boundaries(cu_parts, "varlen", num_answers=num_answers)
+    assert torch.equal(_visible_by_varlen(options, tokens), expected)
+
+
+def _visible_by_varlen(options: dict[str, Any], tokens: int) -> Tensor:
+    """The last query of a sequence sees its last key, as the kernel has it."""
+    seen = torch.zeros(tokens, tokens, dtype=torch.long)
+    queries, keys = (options[f"cu_seq_lens_{x}"].tolist() for x in "qk")
+    for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True):
+        for place in range(a, b):
+            own = options["kv_index"][c : d - (b - 1 - place)]
+            seen[place] += torch.bincount(own, minlength=tokens)
+    return seen
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_batch_of_pairs_brings_the_boundaries_of_its_layout(

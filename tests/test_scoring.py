@@ -45,7 +45,7 @@ def test_bf16_autocast_stays_near_float32():
 QUESTIONS = [
     MultipleChoice(
         id=f"q{i}",
-        difficulty="easy",
+        group="easy",
         prompt=f"What does code {code} mean?",
         options=("fever", "acute heart failure", "cough, unspecified", "hypertension"),
         answer=i % 4,

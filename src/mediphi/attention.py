@@ -15,6 +15,7 @@ are one causal sequence as they lie; the rejected answer's queries look at the p
 their own.
 """
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from mediphi.batches import Batch, PreferenceBatch, send
-from mediphi.blocks import Blocks, length_blocks, pair_bounds, shared_prompt_blocks
+from mediphi.blocks import Blocks, length_blocks, prompt_bounds, shared_prompt_blocks
 from mediphi.errors import UserError
 
 Kernel = Literal["flash", "varlen", "sdpa"]
@@ -117,14 +118,15 @@ def _sent(value: Any, device: torch.device) -> Any:
 
 
 def shared_prompt_boundaries(
-    cu_parts: Int32[Tensor, " parts_plus_1"], kernel: Kernel
+    cu_parts: Int32[Tensor, " parts_plus_1"], kernel: Kernel, *, num_answers: int = 2
 ) -> dict[str, Any]:
-    """Keyword arguments of the model call on a row of pairs, each with its prompt once.
+    """Keyword arguments of the model call on a row of answers, each prompt once before its own.
 
     Args:
-        cu_parts: `[3 * pairs + 1]`, on the CPU: boundaries of prompt, chosen and rejected answer of
-            every pair in turn; none is empty. The position ids of both answers go on from the
-            prompt's.
+        cu_parts: `[(1 + num_answers) * prompts + 1]`, on the CPU: boundaries of a prompt and its
+            answers in turn (chosen and rejected, of pairs); none is empty. The position ids of all
+            answers go on from the prompt's.
+        num_answers: of every prompt, at least 2.
 
     Raises:
         UserError: `flash`, which transformers calls with the keys in the order of the row.
@@ -132,14 +134,15 @@ def shared_prompt_boundaries(
     if kernel == "flash":
         raise UserError(FLASH_SHARES_NOTHING)
     if kernel == "sdpa":
-        return {"blocks": Blocks.of(shared_prompt_blocks(cu_parts))}
+        return {"blocks": Blocks.of(shared_prompt_blocks(cu_parts, num_answers=num_answers))}
     keys = []
-    bounds = torch.stack(pair_bounds(cu_parts), dim=1)
-    for prompt, chosen, rejected, end in bounds.tolist():
-        answer = torch.arange(rejected, end)
-        keys += [torch.arange(prompt, rejected), torch.cat([torch.arange(prompt, chosen), answer])]
+    for prompt, *answers in prompt_bounds(cu_parts, num_answers).tolist():
+        keys.append(torch.arange(prompt, answers[1]))
+        for start, end in pairwise(answers[1:]):
+            own = torch.arange(start, end)
+            keys.append(torch.cat([torch.arange(prompt, answers[0]), own]))
     lengths_k = torch.tensor([len(k) for k in keys])
-    cu_seqlens_q = cu_parts[torch.arange(len(cu_parts)) % 3 != 1]
+    cu_seqlens_q = cu_parts[torch.arange(len(cu_parts)) % (num_answers + 1) != 1]
     return {
         "cu_seq_lens_q": cu_seqlens_q,
         "cu_seq_lens_k": F.pad(lengths_k.cumsum(0), (1, 0)).int(),

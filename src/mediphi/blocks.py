@@ -71,20 +71,22 @@ def length_blocks(cu_seqlens: Tensor, *, growth: float = 1.15) -> list[Block]:
 
 
 def shared_prompt_blocks(
-    cu_parts: Int32[Tensor, " parts_plus_1"], *, growth: float = 1.15
+    cu_parts: Int32[Tensor, " parts_plus_1"], *, num_answers: int = 2, growth: float = 1.15
 ) -> list[Block]:
-    """Prompts with their chosen answers as causal blocks, then the rejected answers; on the CPU.
+    """Prompts with their first answers as causal blocks, then the other answers; on the CPU.
 
     Padding of queries and of keys within a block stays below `growth`.
     """
-    prompts, chosen, rejected, ends = pair_bounds(cu_parts)
-    blocks = _causal_blocks(prompts, rejected - prompts, growth)
-    prompt_lengths, lengths = chosen - prompts, ends - rejected
+    bounds = prompt_bounds(cu_parts, num_answers)
+    blocks = _causal_blocks(bounds[:, 0], bounds[:, 2] - bounds[:, 0], growth)
+    answers, lengths = bounds[:, 2:-1].flatten(), bounds[:, 2:].diff(dim=1).flatten()
+    prompts = bounds[:, 0].repeat_interleave(num_answers - 1)
+    prompt_lengths = bounds[:, :2].diff(dim=1)[:, 0].repeat_interleave(num_answers - 1)
     for group in _similar(lengths, growth):
         for alike in _similar((prompt_lengths + lengths)[group], growth):
-            pairs = group[alike]
-            where = prompts[pairs], rejected[pairs]
-            blocks.append(_answer_block(*where, prompt_lengths[pairs], lengths[pairs]))
+            own = group[alike]
+            where = prompts[own], answers[own]
+            blocks.append(_answer_block(*where, prompt_lengths[own], lengths[own]))
     return blocks
 
 
@@ -131,7 +133,8 @@ def _padded(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(real, starts[:, None] + offsets, 0), real.flatten().nonzero().squeeze(1)
 
 
-def pair_bounds(cu_parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where prompt, chosen and rejected answer of each pair start and the pair ends, `[pairs]`."""
-    bounds = cu_parts.long()
-    return bounds[:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]
+def prompt_bounds(
+    cu_parts: Int32[Tensor, " parts_plus_1"], num_answers: int
+) -> Int64[Tensor, "prompts answers_plus_2"]:
+    """Where each prompt and each of its answers starts, and where the last of them ends."""
+    return cu_parts.long().unfold(0, num_answers + 2, num_answers + 1)

@@ -178,11 +178,14 @@ class MultipleChoice:
         prompt: text before the option; an option is scored as its continuation.
         options: continuations, without a leading space.
         answer: index of the right option.
-        difficulty: how near the distractors are.
+        group: what results are told apart by: a difficulty, or the name of a set.
+        cluster: questions that share it are alike, as those about one document are; None: alike to
+            no other. Never a readable name.
     """
 
     id: str
     prompt: str
     options: tuple[str, ...]
     answer: int
-    difficulty: Difficulty
+    group: str
+    cluster: str | None = None

@@ -92,7 +92,7 @@ def test_the_right_option_is_the_meaning_of_the_code_in_the_prompt() -> None:
     for question in build_quiz(tree(), quiz=QUIZ, seed=0):
         code = asked(question).facts["code"]
         assert question.prompt == f"ICD-10-CM code {code} means"
-        assert question.id == f"ICD-10-CM/{code}/{question.difficulty}"
+        assert question.id == f"ICD-10-CM/{code}/{question.group}"
 
 
 def test_wrong_options_stand_at_the_distance_that_the_difficulty_names() -> None:
@@ -102,8 +102,8 @@ def test_wrong_options_stand_at_the_distance_that_the_difficulty_names() -> None
         for place, option in enumerate(question.options):
             if place != question.answer:
                 steps = distance(asked(question), BY_DESCRIPTION[option])
-                found[question.difficulty, steps] += 1
-                assert steps in allowed.get(question.difficulty, {steps})
+                found[question.group, steps] += 1
+                assert steps in allowed.get(question.group, {steps})
     assert {steps for level, steps in found if level == "medium"} == {3, 4, 5}
     assert found["easy", None] > 40, "easy options come from other chapters too"
 
@@ -120,15 +120,13 @@ def test_each_place_is_right_equally_often() -> None:
     quiz = Quiz(num_questions=41, num_options=3)
     questions = build_quiz(tree(), quiz=quiz, seed=3)
     for difficulty in quiz.difficulties:
-        places = Counter(q.answer for q in questions if q.difficulty == difficulty)
+        places = Counter(q.answer for q in questions if q.group == difficulty)
         assert sorted(places.values()) == [13, 14, 14]
 
 
 def test_difficulties_are_compared_on_the_same_codes() -> None:
     questions = build_quiz(tree(), quiz=QUIZ, seed=4)
-    codes = [
-        [asked(q).id for q in questions if q.difficulty == level] for level in QUIZ.difficulties
-    ]
+    codes = [[asked(q).id for q in questions if q.group == level] for level in QUIZ.difficulties]
     assert codes[0] == codes[1] == codes[2]
     assert len(set(codes[0])) == 40
 
@@ -149,7 +147,7 @@ def test_codes_of_a_category_that_the_list_leaves_out_are_still_siblings() -> No
     for question in build_quiz(leaves, quiz=Quiz(difficulties=("hard", "medium")), seed=0):
         category = question.id.split("/")[1][:3]
         same = [option.split()[1] == category for option in question.options]
-        assert sum(same) == (4 if question.difficulty == "hard" else 1)
+        assert sum(same) == (4 if question.group == "hard" else 1)
 
 
 def test_options_are_distinct_although_codes_share_a_description() -> None:
@@ -192,7 +190,7 @@ def test_the_real_classification_is_asked_in_full_at_every_difficulty(
     described = {item.facts["code"]: item.facts for item in real_codes}
     for documents in (categories, real_codes):
         questions = build_quiz(documents, quiz=Quiz(num_questions=300), seed=0)
-        assert Counter(q.difficulty for q in questions) == {"easy": 300, "medium": 300, "hard": 300}
+        assert Counter(q.group for q in questions) == {"easy": 300, "medium": 300, "hard": 300}
         assert len({q.id.split("/")[1] for q in questions}) == 300
         for question in questions:
             facts = described[question.id.split("/")[1]]

@@ -41,7 +41,7 @@ def model() -> Phi3ForCausalLM:
 def question(
     *options: str, answer: int = 0, prompt: str = PROMPT, name: str = "q"
 ) -> MultipleChoice:
-    return MultipleChoice(id=name, prompt=prompt, options=options, answer=answer, difficulty="easy")
+    return MultipleChoice(id=name, prompt=prompt, options=options, answer=answer, group="easy")
 
 
 OPTIONS = ("Cholera", "Typhoid and paratyphoid fevers", "5-HT (serotonin) syndrome", "Été")

@@ -13,7 +13,7 @@ from mediphi.data.code_quiz import build_quiz
 from mediphi.data.sources.bundled import read_text
 from mediphi.data.sources.icd10cm import ORDER_FILE, ORDER_LINE
 from mediphi.data.sources.icd_page import page_text
-from mediphi.records import Difficulty, Document
+from mediphi.records import Document
 from scripts.build_mediflow.material import CORPORA, Material
 from scripts.build_mediflow.rows import Candidate, Split, Task, share
 
@@ -69,7 +69,7 @@ TITLE = Task(
         "Spell out the clipped words of the diagnosis title.",
     ),
 )
-LEVELS: dict[Difficulty, int] = {"easy": 0, "medium": 2, "hard": 4}
+LEVELS: dict[str, int] = {"easy": 0, "medium": 2, "hard": 4}
 PER_DIFFICULTY = {"train": 180, "heldout": 20}
 TRAIN_BELOW, HELDOUT_BELOW = 0.35, 0.45
 """Shares of the categories; the rest, more than half, is left unseen."""
@@ -121,7 +121,7 @@ def of_quiz(documents: list[Document], split: Split) -> Iterator[Candidate]:
             split,
             given=f"What is the meaning of the {system} code {code}?\n{options}",
             wanted="ABCD"[question.answer],
-            level=LEVELS[question.difficulty],
+            level=LEVELS[question.group],
         )
 
 

@@ -32,6 +32,7 @@ class Code(NamedTuple):
     code: str
     description: str
     path: Path
+    group_id: str
 
 
 class Asked(NamedTuple):
@@ -54,8 +55,7 @@ def build_quiz(documents: Sequence[Document], *, quiz: Quiz, seed: int) -> list[
     Returns:
         Questions by difficulty, then code; `[]` when no document is a code.
     """
-    hierarchy = Hierarchy(_codes(documents))
-    chosen = _choose(hierarchy, quiz=quiz, seed=seed)
+    chosen = choose_codes(documents, quiz=quiz, seed=seed)
     return [
         question
         for difficulty in quiz.difficulties
@@ -108,8 +108,11 @@ class Hierarchy:
         return None
 
 
-def _choose(hierarchy: Hierarchy, *, quiz: Quiz, seed: int) -> dict[Difficulty, list[Asked]]:
-    """Codes to ask, those that serve every difficulty first."""
+def choose_codes(
+    documents: Sequence[Document], *, quiz: Quiz, seed: int
+) -> dict[Difficulty, list[Asked]]:
+    """Codes to ask, those that serve every difficulty first, as `build_quiz` says."""
+    hierarchy = Hierarchy(_codes(documents))
     order = [code for code in hierarchy.codes.values() if not _gives_away(code, code.description)]
     random.Random(f"{seed}/codes").shuffle(order)
     paired: dict[Difficulty, list[Asked]] = {difficulty: [] for difficulty in quiz.difficulties}
@@ -148,7 +151,7 @@ def _questions(
             prompt=PROMPT.format(system=code.system, code=code.code),
             options=tuple(options),
             answer=place,
-            difficulty=difficulty,
+            group=difficulty,
         )
 
 
@@ -165,7 +168,7 @@ def _codes(documents: Iterable[Document]) -> Iterator[Code]:
             above.append(category)
         path = (system, *above, facts["code"])
         if description:
-            yield Code(system, facts["code"], description, path)
+            yield Code(system, facts["code"], description, path, document.group_id)
 
 
 def _shuffled(pool: list[Code], rng: random.Random) -> Iterator[Code]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mediphi.errors import UserError
 from mediphi.evaluate.scores import Scored
-from mediphi.records import Difficulty, MultipleChoice
+from mediphi.records import MultipleChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,23 +37,25 @@ class ScoredQuestion(NamedTuple):
     """What a model answered.
 
     Attributes:
-        id, difficulty, answer: as in the question.
+        id, group, answer, cluster: as in the question.
         prediction: index of the option with the highest score; the first one of equals.
         option_logps: mean log-probability per token of each option, in nats.
     """
 
     id: str
-    difficulty: Difficulty
+    group: str
     answer: int
     prediction: int
     option_logps: tuple[float, ...]
+    cluster: str | None = None
 
     @property
     def correct(self) -> bool:
         return self.prediction == self.answer
 
     def scored(self) -> Scored:
-        return Scored(self.id, self.difficulty, float(self.correct), 1 / len(self.option_logps))
+        chance = 1 / len(self.option_logps)
+        return Scored(self.id, self.group, float(self.correct), chance, self.cluster)
 
 
 def score(
@@ -81,8 +83,9 @@ def score(
             raise ValueError("token_logps must return len - 1 numbers for each sequence")
         rows = iter(logps)
         for place in group:
-            own = [next(rows) for _ in encoded[place].sequences]
-            scored[place] = _judge(questions[place], own, encoded[place].num_shared)
+            first = encoded[place].num_shared - 1
+            own = [next(rows)[first:] for _ in encoded[place].sequences]
+            scored[place] = judge(questions[place], own)
     return [scored[place] for place in range(len(questions))]
 
 
@@ -159,8 +162,13 @@ def _passes(encoded: Sequence[EncodedQuestion], max_tokens: int) -> Iterator[lis
         yield group
 
 
-def _judge(question: MultipleChoice, rows: list[np.ndarray], num_shared: int) -> ScoredQuestion:
-    means = tuple(float(row[num_shared - 1 :].mean(dtype=np.float64)) for row in rows)
+def judge(question: MultipleChoice, logps: Sequence[np.ndarray]) -> ScoredQuestion:
+    """The answer by the log-probabilities of each option's own tokens, `[tokens]`, in nats.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    means = tuple(float(row.mean(dtype=np.float64)) for row in logps)
     if not np.isfinite(means).all():
         raise UserError(
             f"question {question.id}: log-probabilities are not finite; "
@@ -168,8 +176,43 @@ def _judge(question: MultipleChoice, rows: list[np.ndarray], num_shared: int) ->
         )
     return ScoredQuestion(
         id=question.id,
-        difficulty=question.difficulty,
+        group=question.group,
         answer=question.answer,
         prediction=int(np.argmax(means)),
         option_logps=means,
+        cluster=question.cluster,
     )
+
+
+def baselines(questions: Sequence[MultipleChoice]) -> dict[str, float]:
+    """Accuracy of rules that know nothing; ties count as guessing among the best.
+
+    `first`: the first option. `longest`, `shortest`: by characters. `overlap`: the option that
+    shares the largest part of its words with the prompt. `chance`: guessing.
+
+    Raises:
+        ValueError: no questions.
+    """
+    if not questions:
+        raise ValueError("no questions have no accuracy")
+    rules: dict[str, Callable[[MultipleChoice, int], float]] = {
+        "first": lambda _, place: -place,
+        "longest": lambda asked, place: len(asked.options[place]),
+        "shortest": lambda asked, place: -len(asked.options[place]),
+        "overlap": lambda asked, place: _overlap(asked.prompt, asked.options[place]),
+        "chance": lambda *_: 0,
+    }
+    return {
+        name: float(np.mean([_hit(q, rule) for q in questions])) for name, rule in rules.items()
+    }
+
+
+def _hit(question: MultipleChoice, rule: Callable[[MultipleChoice, int], float]) -> float:
+    marks = [rule(question, place) for place in range(len(question.options))]
+    best = [place for place, mark in enumerate(marks) if mark == max(marks)]
+    return (question.answer in best) / len(best)
+
+
+def _overlap(prompt: str, option: str) -> float:
+    there, own = set(prompt.casefold().split()), set(option.casefold().split())
+    return len(own & there) / len(own)

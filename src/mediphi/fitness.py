@@ -1,0 +1,263 @@
+"""A model's fitness: mean accuracy over sets of multiple-choice questions, by log-likelihood.
+
+Hundreds of candidates of a search answer the same questions, so these are tokenised, packed and
+sent to the device once. A prompt is forwarded once for all its options, and only the options'
+tokens meet the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mediphi import attention
+from mediphi.batches import send
+from mediphi.blocks import Blocks
+from mediphi.engine import Device
+from mediphi.evaluate.multiple_choice import EncodedQuestion, encode, judge
+from mediphi.evaluate.scores import Scored
+from mediphi.modules.losses import token_logps
+from mediphi.records import MultipleChoice
+
+TOKENS_PER_PASS = {"cuda": 32_768, "cpu": 2_048}
+CHUNK_TOKENS = 2048
+
+
+class Progress(NamedTuple):
+    """How far a set is: questions answered rightly, answered at all, and asked."""
+
+    correct: int
+    done: int
+    total: int
+
+
+Hopeless = Callable[[Mapping[str, Progress]], bool]
+"""Looks at every set between passes; True stops the scoring."""
+
+
+class Pass(NamedTuple):
+    """Questions of one forward pass, end to end in one row, each prompt before its options.
+
+    Attributes:
+        places: of the questions in `EncodedSets.questions`.
+        input_ids, position_ids: int64 `[1, tokens]`; all options go on from the prompt's position.
+        logit_index: int64 `[option_tokens]`, the position that predicts each of `label_ids`.
+        label_ids: int64 `[option_tokens]`, question by question, option by option.
+        lengths: tokens of each option in that order.
+        boundaries: keyword arguments of the model call that keep everything apart.
+    """
+
+    places: tuple[int, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    logit_index: Tensor
+    label_ids: Tensor
+    lengths: tuple[int, ...]
+    boundaries: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSets:
+    """Questions of all sets, ready for any model with this tokenizer on this device."""
+
+    questions: tuple[MultipleChoice, ...]
+    set_names: tuple[str, ...]
+    """Of each question."""
+    passes: tuple[Pass, ...]
+    device: Device
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(one.input_ids.shape[1] for one in self.passes)
+
+
+class SetScores(NamedTuple):
+    """What a model was given.
+
+    Attributes:
+        scored: set -> its questions in their order; those answered where `is_complete` is False.
+        is_complete: False after an early stop.
+    """
+
+    scored: dict[str, list[Scored]]
+    is_complete: bool
+
+    @property
+    def fitness(self) -> float:
+        """Mean over the sets of their accuracies, every set alike whatever its size."""
+        return fmean(fmean(one.score for one in own) for own in self.scored.values())
+
+
+def encode_sets(
+    sets: Mapping[str, Sequence[MultipleChoice]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    device: Device,
+    long_above: int | None = None,
+    tokens_per_pass: int | None = None,
+) -> EncodedSets:
+    """Tokenises and packs all questions, longest first.
+
+    Args:
+        sets: questions by the set's name.
+        tokenizer: of all models to come.
+        device: with a kernel that shares prompts, varlen or sdpa.
+        long_above: where LongRoPE changes its factors (`backbone.original_positions`): it goes by
+            the longest of a pass, so a pass never holds questions of both sides.
+        tokens_per_pass: at most so many, unless one question is longer; None: by the device.
+
+    Raises:
+        UserError: a question without a token to score, or the flash kernel.
+    """
+    questions = tuple(question for own in sets.values() for question in own)
+    encoded = [encode(question, tokenizer=tokenizer) for question in questions]
+    limit = tokens_per_pass or TOKENS_PER_PASS[device.type]
+    return EncodedSets(
+        questions=questions,
+        set_names=tuple(name for name, own in sets.items() for _ in own),
+        passes=tuple(
+            _pass(places, [encoded[place] for place in places], device)
+            for places in _places(encoded, limit, long_above)
+        ),
+        device=device,
+    )
+
+
+def score_sets(
+    model: PreTrainedModel, sets: EncodedSets, *, hopeless: Hopeless | None = None
+) -> SetScores:
+    """Answers every question, or stops where `hopeless` says so.
+
+    The model is on the device, with the attention implementation of the device's kernel, and is put
+    into eval mode for the call and back after it. Precision: as stated by the device.
+
+    Raises:
+        UserError: log-probabilities that are not finite.
+    """
+    scored: dict[int, Scored] = {}
+    training = model.training
+    model.eval()
+    try:
+        for one, logps in zip(sets.passes, _logps(model, sets), strict=False):
+            ends = np.cumsum(one.lengths)[:-1]
+            rows = iter(np.split(logps, ends))
+            for place in one.places:
+                question = sets.questions[place]
+                answer = judge(question, [next(rows) for _ in question.options])
+                scored[place] = answer.scored()
+            is_complete = len(scored) == len(sets.questions)
+            if hopeless and not is_complete and hopeless(_progress(sets, scored)):
+                break
+    finally:
+        model.train(training)
+    by_set: dict[str, list[Scored]] = {name: [] for name in sets.set_names}
+    for place in sorted(scored):
+        by_set[sets.set_names[place]].append(scored[place])
+    return SetScores(by_set, is_complete=len(scored) == len(sets.questions))
+
+
+def best_possible(progress: Mapping[str, Progress]) -> float:
+    """The fitness if all that is left were answered rightly: no model below a rival can catch up
+    once this is below it."""
+    return fmean((own.correct + own.total - own.done) / own.total for own in progress.values())
+
+
+def _progress(sets: EncodedSets, scored: Mapping[int, Scored]) -> dict[str, Progress]:
+    counts = {name: [0, 0, 0] for name in sets.set_names}
+    for place, name in enumerate(sets.set_names):
+        counts[name][2] += 1
+        if place in scored:
+            counts[name][0] += int(scored[place].score)
+            counts[name][1] += 1
+    return {name: Progress(*own) for name, own in counts.items()}
+
+
+@torch.inference_mode()
+def _logps(model: PreTrainedModel, sets: EncodedSets) -> Iterator[np.ndarray]:
+    """Log-probabilities of each pass's `label_ids`, float32 `[option_tokens]`."""
+    kind, half = sets.device.type, sets.device.precision == "bf16-mixed"
+    for one in sets.passes:
+        with torch.autocast(kind, torch.bfloat16, enabled=half):
+            hidden = model.get_decoder()(
+                input_ids=one.input_ids,
+                position_ids=one.position_ids,
+                use_cache=False,
+                **one.boundaries,
+            ).last_hidden_state[0]
+            logps = token_logps(
+                hidden.index_select(0, one.logit_index),
+                model.get_output_embeddings().weight,  # type: ignore[union-attr]
+                one.label_ids,
+                chunk_tokens=CHUNK_TOKENS,
+            )
+        yield logps.float().cpu().numpy()
+
+
+def _places(
+    encoded: Sequence[EncodedQuestion], limit: int, long_above: int | None
+) -> Iterator[list[int]]:
+    """Questions of a pass: equally many options, one side of `long_above`, longest first."""
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for place, one in enumerate(encoded):
+        is_long = long_above is not None and max(map(len, one.sequences)) > long_above
+        kinds.setdefault((len(one.sequences), is_long), []).append(place)
+    for own in kinds.values():
+        group: list[int] = []
+        used = 0
+        for place in sorted(own, key=lambda place: -_row_tokens(encoded[place])):
+            tokens = _row_tokens(encoded[place])
+            if group and used + tokens > limit:
+                yield group
+                group, used = [], 0
+            group.append(place)
+            used += tokens
+        yield group
+
+
+def _row_tokens(one: EncodedQuestion) -> int:
+    return one.num_tokens - (len(one.sequences) - 1) * one.num_shared
+
+
+def _pass(places: Sequence[int], encoded: Sequence[EncodedQuestion], device: Device) -> Pass:
+    ids: list[int] = []
+    positions: list[int] = []
+    index: list[int] = []
+    labels: list[int] = []
+    parts, lengths = [0], []
+    for one in encoded:
+        shared, last = one.num_shared, len(ids) + one.num_shared - 1
+        ids += one.sequences[0][:shared]
+        positions += range(shared)
+        parts.append(shared)
+        for option in (sequence[shared:] for sequence in one.sequences):
+            index += [last, *range(len(ids), len(ids) + len(option) - 1)]
+            ids += option
+            positions += range(shared, shared + len(option))
+            labels += option
+            parts.append(len(option))
+            lengths.append(len(option))
+    bounds = torch.tensor(list(accumulate(parts)), dtype=torch.int32)
+    made = attention.shared_prompt_boundaries(
+        bounds, device.kernel, num_answers=len(encoded[0].sequences)
+    )
+    return Pass(
+        tuple(places),
+        send(torch.tensor([ids]), device.type),
+        send(torch.tensor([positions]), device.type),
+        send(torch.tensor(index), device.type),
+        send(torch.tensor(labels), device.type),
+        tuple(lengths),
+        {name: _sent(value, device.type) for name, value in made.items()},
+    )
+
+
+def _sent(value: Any, device: str) -> Any:
+    if isinstance(value, Blocks):
+        return value.to(torch.device(device))
+    return send(value, device) if isinstance(value, Tensor) else value

@@ -1,0 +1,101 @@
+"""Validation sets in the config: what is allowed, and that no test split is searched against."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from mediphi.config.corpus import Corpus
+from mediphi.config.validation import TEST_REFUSED, Validation, names_a_test_split
+
+FOLDER = Path(__file__).resolve().parents[2] / "conf" / "validation"
+FILES = sorted(FOLDER.glob("*.yaml"))
+LICENCE = {"id": "test", "origin": "test", "commercial_ok": True}
+TEXT = {"kind": "jsonl", "path": "notes.jsonl", "licence": LICENCE}
+
+
+def read(content: Any) -> Validation:
+    return Validation.model_validate_json(json.dumps(content), strict=True)
+
+
+def corpus(**source: Any) -> Corpus:
+    return Corpus.model_validate({"name": "c", "sources": {"notes": {**TEXT, **source}}})
+
+
+def made(kind: str = "continuation", source: str = "notes") -> Validation:
+    return read({"sets": {"s": {"kind": kind, "sources": [source]}}})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_is_valid_by_itself(path: Path) -> None:
+    assert read(OmegaConf.to_container(OmegaConf.load(path))).sets
+
+
+def test_the_files_are_those_that_are_promised() -> None:
+    assert [path.stem for path in FILES] == ["codes", "files", "heldout"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"split": "test"}, f"split: {TEST_REFUSED}"),
+        ({"path": "medqa_test.jsonl"}, f"path: {TEST_REFUSED}"),
+        ({"path": "questions/test/part-0.jsonl"}, f"path: {TEST_REFUSED}"),
+    ],
+)
+def test_a_test_split_is_refused_in_one_line(keys: dict[str, str], fault: str) -> None:
+    good = {"kind": "file", "path": "questions.jsonl", "licence": LICENCE}
+    assert read({"sets": {"mine": good}})
+    with pytest.raises(ValidationError) as told:
+        read({"sets": {"mine": good | keys}})
+    [error] = told.value.errors()
+    assert error["msg"] == fault and "\n" not in fault
+
+
+TEST_NAMES = """
+test.jsonl medqa_test.jsonl.gz a/TestSet-1.csv test_ground_truth.json test/x.jsonl testset/x.jsonl
+MTS-Dialog-TestSet-2.csv test x-testing.jsonl
+"""
+
+
+@pytest.mark.parametrize("path", TEST_NAMES.split())
+def test_a_name_of_a_test_split_is_known(path: str) -> None:
+    assert names_a_test_split(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["latest.jsonl", "contest/a.jsonl", "validation", "lab_tests.jsonl", "attested.jsonl"]
+)
+def test_other_names_pass(path: str) -> None:
+    assert not names_a_test_split(path)
+
+
+@pytest.mark.parametrize(
+    ("validation", "source", "fault"),
+    [
+        (made(source="letters"), {}, "letters is no source of this corpus; it has notes"),
+        (made(), {"path": "notes_test.jsonl"}, f"notes: {TEST_REFUSED}"),
+        (
+            made("codes"),
+            {"kind": "hub", "repo_id": "a/b", "split": "test", "path": None},
+            f"notes: {TEST_REFUSED}",
+        ),
+        (made(), {"format": "messages"}, "are made from texts; take a corpus of texts"),
+    ],
+)
+def test_sets_must_go_with_the_corpus(
+    validation: Validation, source: dict[str, Any], fault: str
+) -> None:
+    keys = {key: value for key, value in (TEXT | source).items() if value is not None}
+    found = Corpus.model_validate({"name": "c", "sources": {"notes": keys}})
+    [rule] = validation.rules_with(found)
+    assert fault in rule.allowed and rule.key.startswith("sets")
+
+
+def test_sets_that_go_with_the_corpus_break_no_rule() -> None:
+    assert list(made().rules_with(corpus())) == []
+    own = read({"sets": {"s": {"kind": "file", "path": "q.jsonl", "licence": LICENCE}}})
+    assert list(own.rules_with(corpus(format="messages"))) == []
