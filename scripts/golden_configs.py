@@ -17,7 +17,7 @@ PLACES = {"MEDIPHI_ROOT": ".", "MEDIPHI_RUNS": "runs", "MEDIPHI_CACHE": ".cache/
 def cases() -> dict[str, list[str]]:
     """Overrides of each setting, by the name of its golden file."""
     found: dict[str, list[str]] = {"default": []}
-    for group in ("corpus", "corpus/paper", "hardware", "experiment", "merge"):
+    for group in ("corpus", "corpus/paper", "hardware", "experiment", "merge", "validation"):
         for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
             option = "/".join((*group.split("/")[1:], path.stem))
             name = f"{group.split('/')[0]}-{option.replace('/', '-')}"
@@ -38,6 +38,8 @@ def partnered(overrides: list[str]) -> list[str]:
     text = " ".join(overrides)
     if "stage=merge" in text or "stage=search" in text:
         return [*overrides, "merge=breadcrumbs", *MODELS]
+    if text.startswith("validation="):
+        return [*overrides, "stage=search", "merge=breadcrumbs", *MODELS]
     if text == "merge=mergekit":
         return [*overrides, "stage=merge", "merge.config=merge.yml"]
     if text.startswith("merge="):

@@ -387,7 +387,7 @@ MERGE_PROBLEM = {
         "one for all models: merge.parameters.lambda"
     ),
     ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.parameters.t=[]"): (
-        "must have at least one entry"
+        "must be a number, a list of numbers, or a list of {value, filter, layers}"
     ),
     ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.config=f.yml"): (
         "merge.method=slerp: give either a method (merge=slerp) or merge.config=FILE"

@@ -10,7 +10,7 @@ from composing import ROOT, loader, report
 
 from mediphi.sweep import expand, plan
 
-NUM_CONF_FILES = 63
+NUM_CONF_FILES = 66
 NUM_SWEEP_FILES = 3
 REGENERATE = "python scripts/golden_configs.py"
 

@@ -17,6 +17,13 @@ LICENCE = {"id": "test", "origin": "test", "commercial_ok": True}
 TEXT = {"kind": "jsonl", "path": "notes.jsonl", "licence": LICENCE}
 
 
+def plain(path: Path) -> dict[str, Any]:
+    """A file without Hydra's part of it."""
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items() if key != "defaults"}
+
+
 def read(content: Any) -> Validation:
     return Validation.model_validate_json(json.dumps(content), strict=True)
 
@@ -31,11 +38,11 @@ def made(kind: str = "continuation", source: str = "notes") -> Validation:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_is_valid_by_itself(path: Path) -> None:
-    assert read(OmegaConf.to_container(OmegaConf.load(path))).sets
+    assert read(plain(path)).sets
 
 
 def test_the_files_are_those_that_are_promised() -> None:
-    assert [path.stem for path in FILES] == ["codes", "files", "heldout"]
+    assert [path.stem for path in FILES] == ["codes", "files", "search"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_other_names_pass(path: str) -> None:
 @pytest.mark.parametrize(
     ("validation", "source", "fault"),
     [
-        (made(source="letters"), {}, "letters is no source of this corpus; it has notes"),
+        (made(source="letters"), {}, "letters is no source of its corpus, which has notes"),
         (made(), {"path": "notes_test.jsonl"}, f"notes: {TEST_REFUSED}"),
         (
             made("codes"),
@@ -91,11 +98,12 @@ def test_sets_must_go_with_the_corpus(
 ) -> None:
     keys = {key: value for key, value in (TEXT | source).items() if value is not None}
     found = Corpus.model_validate({"name": "c", "sources": {"notes": keys}})
-    [rule] = validation.rules_with(found)
+    [rule] = validation.model_copy(update={"corpus": found}).broken_rules()
     assert fault in rule.allowed and rule.key.startswith("sets")
 
 
 def test_sets_that_go_with_the_corpus_break_no_rule() -> None:
-    assert list(made().rules_with(corpus())) == []
+    assert list(made().model_copy(update={"corpus": corpus()}).broken_rules()) == []
     own = read({"sets": {"s": {"kind": "file", "path": "q.jsonl", "licence": LICENCE}}})
-    assert list(own.rules_with(corpus(format="messages"))) == []
+    others = corpus(format="messages")
+    assert list(own.model_copy(update={"corpus": others}).broken_rules()) == []

@@ -280,8 +280,11 @@ def datamix() -> Iterator[CorpusReading]:
 
 def test_the_default_sets_are_held_out_and_large_enough(datamix: CorpusReading) -> None:
     """Of the codes, which are asked of training documents, only the parts are apart."""
-    path = Path(__file__).resolve().parents[2] / "conf" / "validation" / "heldout.yaml"
-    config = Validation.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+    path = Path(__file__).resolve().parents[2] / "conf" / "validation" / "search.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    content.pop("defaults")
+    config = Validation.model_validate(content)
     sides: dict[Side, list[Document]] = {side: list(datamix.records(side)) for side in SIDES}  # type: ignore[misc]
     sets = sets_of(config, sides.__getitem__, guarded=set(), seed=0)
     groups = {side: {d.id: d.group_id for d in own} for side, own in sides.items()}

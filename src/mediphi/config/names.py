@@ -26,7 +26,7 @@ def _read_by(config: Config) -> set[str]:
         case "merge":
             return {"merge"}
         case "search":
-            return {"merge", "validation", "corpus"}
+            return {"merge", "validation"}
         case _:
             return {"corpus", "model"}
 

@@ -22,6 +22,7 @@ from mediphi.config.stages import (
     Training,
 )
 from mediphi.config.strict import BrokenRule, Strict
+from mediphi.config.validation import Validation
 
 
 class Model(Strict):
@@ -182,6 +183,8 @@ class Config(Strict):
     paths: Paths
     merge: Merge | None = None
     """Of the stages merge and search; null elsewhere."""
+    validation: Validation | None = None
+    """Questions that a search is led by; null elsewhere."""
     seed: NonNegativeInt = 0
     """Of weights, order, noise, quiz and search."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")] | None = None
@@ -199,6 +202,14 @@ class Config(Strict):
             yield BrokenRule("merge", f"stage={self.stage.kind} {needed if merges else useless}")
         elif isinstance(self.stage, SearchStage) and self.merge is not None:
             yield from _broken_search(self.stage, self.merge)
+        searches = self.stage.kind == "search"
+        if searches != (self.validation is not None):
+            needed = "needs questions: validation=search, codes or files"
+            useless = "asks no such questions; stage=search does"
+            what = needed if searches else useless
+            yield BrokenRule("validation", f"stage={self.stage.kind} {what}")
+        elif (asked := self.validation) and asked.reads_documents and asked.corpus is None:
+            yield BrokenRule("validation.corpus", "its sets are made from texts: give it a corpus")
         if self.stage.kind in TRAINING_KINDS:
             yield from self._broken_training()
 

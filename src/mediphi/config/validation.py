@@ -87,6 +87,8 @@ class Validation(Strict):
 
     sets: Annotated[dict[str, Set], Field(min_length=1)]
     """Sets by a name of your choice."""
+    corpus: Corpus | None = None
+    """Texts that sets are made from by rule; null: all sets are files."""
     num_questions: PositiveInt = 100
     """Most questions of a set in each part; the paper's sets have up to 1,200."""
     min_questions: PositiveInt = 20
@@ -96,17 +98,18 @@ class Validation(Strict):
     holdout_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of document groups whose questions the search never sees."""
 
-    def rules_with(self, corpus: Corpus) -> Iterator[BrokenRule]:
-        """What is wrong between the sets and the corpus that they are made from."""
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        if self.corpus is None:  # a whole config must have one: see schema.py
+            return
         for name, one in self.sets.items():
             for source in () if isinstance(one, FileSet) else one.sources:
                 key = f"sets.{name}.sources"
-                if source not in corpus.sources:
-                    there = ", ".join(corpus.sources)
-                    yield BrokenRule(key, f"{source} is no source of this corpus; it has {there}")
-                elif _is_test(corpus.sources[source]):
+                if source not in self.corpus.sources:
+                    there = ", ".join(self.corpus.sources)
+                    yield BrokenRule(key, f"{source} is no source of its corpus, which has {there}")
+                elif _is_test(self.corpus.sources[source]):
                     yield BrokenRule(key, f"{source}: {TEST_REFUSED}")
-        if self.reads_documents and corpus.record_kind != "text":
+        if self.reads_documents and self.corpus.record_kind != "text":
             yield BrokenRule("sets", "are made from texts; take a corpus of texts, or kind=file")
 
     @property

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from mediphi.config.corpus import Corpus
 from mediphi.config.validation import CodeSet, DocumentSet, FileSet, Validation
 from mediphi.data.choice_candidates import (
     Candidate,
@@ -59,19 +58,18 @@ class ValidationSet(NamedTuple):
 
 
 def build_sets(
-    validation: Validation, *, corpus: Corpus, seed: int, spool_folder: Path | None = None
+    validation: Validation, *, seed: int, spool_folder: Path | None = None
 ) -> list[ValidationSet]:
     """All sets; the corpus is read where one is made from it.
 
     Raises:
-        UserError: a set does not go with the corpus, has too few questions, or is a test split.
+        UserError: a set has too few questions.
         DataError: a bad row or file.
     """
-    for key, allowed in validation.rules_with(corpus):
-        raise UserError(f"validation.{key}: {allowed}")
+    corpus = validation.corpus
+    if corpus is None or not validation.reads_documents:
+        return sets_of(validation, lambda _: (), guarded=set(), seed=seed)
     guarded = {n for n, source in corpus.sources.items() if not source.licence.may_be_shown}
-    if not validation.reads_documents:
-        return sets_of(validation, lambda _: (), guarded=guarded, seed=seed)
     with read_documents(corpus, spool_folder=spool_folder) as reading:
         documents = _documents_of(reading)
         return sets_of(validation, documents, guarded=guarded, seed=seed)
