@@ -108,7 +108,9 @@ def score(models: dict[str, Path]) -> list[dict[str, Any]]:
     )
     rows, first = [], None
     for name, folder in models.items():
-        spec = BackboneSpec(folder=str(folder), init="pretrained", kernel=device.kernel)
+        spec = BackboneSpec(
+            folder=str(folder), init="pretrained", revision="main", kernel=device.kernel
+        )
         scored = score_sets(build_model(spec).eval(), encoded).scored
         items = [one for own in scored.values() for one in own]
         first = items if first is None else first

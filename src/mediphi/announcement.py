@@ -30,6 +30,8 @@ def announce(folder: Path) -> RunResult:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for exam in read_exams(metrics):
         print(f"{exam.title}\n{format_table(exam.rows)}")
+    if "search" in metrics:
+        print(_search_line(metrics["search"]))
     there = [name for name in TO_LOOK_AT if (folder / name).is_file()]
     print(f"done    {folder}  ({', '.join(there)})")
     print(f"model   {folder / 'model'}")
@@ -38,6 +40,20 @@ def announce(folder: Path) -> RunResult:
         print(f"wandb   offline; to upload it: wandb sync {offline}")
     print(f"next    {extra['next']}")
     return RunResult(metrics["objective"]["value"], folder)
+
+
+def _search_line(found: Mapping[str, Any]) -> str:
+    """What the winner of a search is worth."""
+
+    def told(one: Mapping[str, float]) -> str:
+        return f"{100 * one['mean']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+
+    parts = [f"search      the best of {found['evaluations']:,}: {100 * found['fitness']:.1f} %"]
+    if found["corrected"]:
+        parts.append(f"corrected for the choice {told(found['corrected'])}")
+    if found["holdout"]:
+        parts.append(f"on the hold-out part {told(found['holdout'])}")
+    return ", ".join(parts)
 
 
 def read_exams(metrics: Mapping[str, Any]) -> list[ExamTable]:

@@ -167,14 +167,19 @@ def write_merge(config: Config, recipe: Merge, sources: Sources, *, text: str) -
             seed=config.seed,
             max_shard_bytes=int(recipe.max_shard_gb * 1e9),
         )
-    with BytesDone("merging") as progress:
-        return merge(
-            job_of(config, recipe, sources),
-            values=values_of(recipe, num_layers=num_layers_of(sources)),
-            scratch=folder / SCRATCH,
-            target=folder / MODEL,
-            progress=progress,
-        )
+    try:
+        with BytesDone("merging") as progress:
+            return merge(
+                job_of(config, recipe, sources),
+                values=values_of(recipe, num_layers=num_layers_of(sources)),
+                scratch=folder / SCRATCH / MODEL,
+                target=folder / MODEL,
+                progress=progress,
+            )
+    except UserError as error:
+        if error.exit_code == 2:  # the models are at fault: there is nothing to go on with
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+        raise
 
 
 def recipe_text(recipe: Merge, sources: Sources) -> str:

@@ -111,9 +111,11 @@ def _sections(config: Config) -> tuple[SearchStage, Merge, Validation]:
 
 def _space(stage: SearchStage, merge: Merge) -> Space:
     assert merge.method is not None
+    known = METHODS[merge.method].parameters
+    moved = stage.searched or stage.grid or [own.name for own in known if own.searched]
     options = SpaceOptions(
-        searched=stage.searched,
-        fixed={own.name: _stand_in(own, merge) for own in METHODS[merge.method].parameters},
+        searched=moved,
+        fixed={own.name: _stand_in(own, merge) for own in known if own.name not in moved},
         bounds=stage.bounds,
         shared=stage.one_for_all,
         num_layer_groups=stage.layer_groups,
@@ -232,7 +234,7 @@ class _Bench:
         job = job_of(config, self._merge, sources)
         parents = open_parents(job)
         folder = str(parents.checkpoints[0].folder)
-        spec = BackboneSpec(folder=folder, init="pretrained", kernel=device.kernel)
+        spec = BackboneSpec(folder=folder, init="pretrained", revision="main", kernel=device.kernel)
         self._model = build_model(spec).to(device.type).eval()  # type: ignore[arg-type]
         self._candidates = Candidates(job, parents, targets_of(self._model, parents, job))
         tokenizer = load_tokenizer(folder)

@@ -1,5 +1,6 @@
 """The second backend: mergekit does the merge, for its other methods and as a check of ours."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,20 @@ def merge_by_mergekit(
     for name, content in companions([first]).items():
         if not (partial / name).exists() or name == "generation_config.json":
             write_atomic(partial / name, content)
-    sync_folder(partial)
-    partial.rename(target)
-    sync_folder(target.parent)
-    return MergeFacts(
+    files = {own.file for own in merged.tensors.values()}
+    facts = MergeFacts(
         num_tensors=len(merged.tensors),
-        num_parameters=sum(_numel(own.shape) for own in merged.tensors.values()),
-        num_bytes=sum(path.stat().st_size for path in {t.path for t in merged.tensors.values()}),
-        num_shards=len({own.path for own in merged.tensors.values()}),
+        num_parameters=sum(math.prod(own.shape) for own in merged.tensors.values()),
+        num_bytes=sum((partial / file).stat().st_size for file in files),
+        num_shards=len(files),
         num_resumed=0,
         stop_ids=tuple(stop_ids([first])),
         notes=(),
     )
+    sync_folder(partial)
+    partial.rename(target)
+    sync_folder(target.parent)
+    return facts
 
 
 def folders_in(text: str) -> tuple[str | None, list[str]]:
@@ -77,13 +80,6 @@ def _folders(config: Any) -> list[str]:
     found = [str(one.model.path) for one in config.referenced_models()]
     base = None if config.base_model is None else str(config.base_model.model.path)
     return sorted(found, key=lambda folder: (folder != base, folder))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _loaded(text: str) -> tuple[Any, Any]:

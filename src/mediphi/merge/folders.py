@@ -78,11 +78,16 @@ def is_published(target: Path, layout: Layout) -> bool:
     )
 
 
-def _texts(checkpoints: Sequence[Checkpoint], layout: Layout) -> dict[str, bytes]:
-    """Every file beside config and weights, by name."""
+def companions(checkpoints: Sequence[Checkpoint]) -> dict[str, bytes]:
+    """Tokenizer, template and generation config with all stop ids, by the names of their files."""
     first = checkpoints[0]
     texts = {n: (first.folder / n).read_bytes() for n in FILES if (first.folder / n).is_file()}
-    texts[GENERATION] = _json(_generation_config(checkpoints))
+    return texts | {GENERATION: _json(_generation_config(checkpoints))}
+
+
+def _texts(checkpoints: Sequence[Checkpoint], layout: Layout) -> dict[str, bytes]:
+    """Every file beside config and weights, by name."""
+    texts = companions(checkpoints)
     if len(layout.shards) > 1:
         files = layout.file_names()
         weight_map = {name: files[slot.shard] for name, slot in layout.slots.items()}
