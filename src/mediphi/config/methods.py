@@ -145,7 +145,9 @@ METHODS: dict[str, Method] = {
             _NORMALISED,
             differs=_ELECTION,
         ),
-        Method("dare_linear", "DARE", "Yu et al. 2024, arXiv 2311.03099", _RANDOM, differs=_DROPPED),
+        Method(
+            "dare_linear", "DARE", "Yu et al. 2024, arXiv 2311.03099", _RANDOM, differs=_DROPPED
+        ),
         Method(
             "dare_ties",
             "DARE with TIES' sign election",
