@@ -39,6 +39,10 @@ class ArtifactError(UserError):
     """A run directory, checkpoint or model folder that is damaged, foreign or in use."""
 
 
+class MergeError(UserError):
+    """Tensors or values that a merge method is not defined for."""
+
+
 class MachineError(UserError):
     """The machine failed, not the user: full disk, lost device."""
 
