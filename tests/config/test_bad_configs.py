@@ -18,7 +18,10 @@ LONG = "x" * 5000
 
 ONE_PROBLEM = [
     # Groups and options.
-    (["stage=pitt"], "stage=pitt: allowed: dapt, doctor, dpo, merge, pit, search, sft; did you mean pit?"),
+    (
+        ["stage=pitt"],
+        "stage=pitt: allowed: dapt, doctor, dpo, merge, pit, search, sft; did you mean pit?",
+    ),
     (["logger=foo"], "logger=foo: allowed: csv, tensorboard, wandb"),
     (["corpus=medcod"], "did you mean medcode?"),
     (["corpus=paper/medcod"], "corpus=paper/medcod: allowed: paper/clinical, "),
@@ -162,7 +165,10 @@ CHAT_PROBLEM = [
     (["stage=sft", "corpus=mediflow_dpo"], "yields preference pairs; take corpus=mediflow"),
     (["stage=dapt", "corpus=mediflow"], "take corpus=medcode"),
     (["experiment=smoke_sftt"], "did you mean smoke_sft?"),
-    (["stage=sfd", "corpus=mediflow"], "stage=sfd: allowed: dapt, doctor, dpo, merge, pit, search, sft"),
+    (
+        ["stage=sfd", "corpus=mediflow"],
+        "stage=sfd: allowed: dapt, doctor, dpo, merge, pit, search, sft",
+    ),
     # Sources of rows.
     ([*SFT, "corpus.sources.mediflow.format=mediflw"], "did you mean mediflow?"),
     ([*SFT, "corpus.sources.mediflow.format=mediflow_dpo"], "must all yield the same kind"),

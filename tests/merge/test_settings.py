@@ -212,3 +212,17 @@ def test_what_a_file_may_not_say_is_one_line(tmp_path: Path, text: str) -> None:
         read_mergekit(path)
     (line,) = caught.value.lines
     assert line.startswith(str(path)) and WRONG[text] in line
+
+
+def test_breadcrumbs_has_the_density_of_whoever_left_it_out(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yml"
+    models = "base_model: b\nmodels: [{model: a}]\nparameters: {weight: 1}"
+    path.write_text(f"merge_method: breadcrumbs\n{models}")
+    assert read_mergekit(path).merge.parameters["density"] == 1.0
+    ours = Merge.model_validate(
+        {"method": "breadcrumbs", "models": {"a": {"path": "a"}}, "parameters": {"weight": 1.0}}
+    )
+    text = write_mergekit(
+        ours, base=Path("b"), models={"a": Path("a")}, num_layers=2, dtype="float32"
+    )
+    assert yaml.safe_load(text)["parameters"]["density"] == 0.9

@@ -26,6 +26,9 @@ SOURCE = ("model", "layer_range", "parameters")
 UNUSED = ("int8_mask",)
 """A parameter that changes mergekit's memory, not its result."""
 
+THEIR_DENSITY = 1.0
+"""mergekit's default of breadcrumbs; ours is the paper's."""
+
 Range = tuple[int, int]
 
 
@@ -68,6 +71,8 @@ def read_mergekit(path: Path) -> Recipe:
         base = None
     folders = [folder for folder in folders if folder != base]
     whole = _mapping(body.get("parameters") or {}, f"{path}: parameters")
+    if method.startswith("breadcrumbs"):
+        whole.setdefault("density", THEIR_DENSITY)
     names = short_names(folders)
     values = {
         "method": method,
@@ -96,6 +101,10 @@ def write_mergekit(
         num_layers: of the models.
         dtype: of the written weights.
     """
+    if (merge.method or "").startswith("breadcrumbs") and "density" not in merge.parameters:
+        density = METHODS["breadcrumbs"].parameter("density").default
+        stated = {**merge.parameters, "density": density}
+        merge = merge.model_copy(update={"parameters": stated})
     own = {str(models[name]): model.parameters for name, model in merge.models.items()}
     body: dict[str, Any] = {"merge_method": merge.method}
     if base is not None:
