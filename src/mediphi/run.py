@@ -1,7 +1,9 @@
 """The switch: hold the run directory, say that it is done, or run the stage."""
 
+import gc
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mediphi import cluster, launch
@@ -56,19 +58,26 @@ def run(config: Config) -> RunResult:
             elif looks_finished:  # rank 0 announces it
                 return RunResult(None, run_dir(config))
         # Everything heavy comes in here; a finished run needs none of it.
-        match config.stage.kind:
-            case "merge":
-                from mediphi import merging
+        with _collector_asleep():
+            match config.stage.kind:
+                case "merge":
+                    from mediphi.merging import merge_models as go
+                case "search":
+                    from mediphi.searching import search_merge as go
+                case _:
+                    from mediphi.training import train as go
+        return go(config)
 
-                return merging.merge_models(config)
-            case "search":
-                from mediphi import searching
 
-                return searching.search_merge(config)
-            case _:
-                from mediphi import training
-
-                return training.train(config)
+@contextmanager
+def _collector_asleep() -> Iterator[None]:
+    """For imports: what they bring stays, and is not looked through again, not even at the end."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _doctor(config: Config) -> RunResult:
