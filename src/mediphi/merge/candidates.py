@@ -20,7 +20,7 @@ from mediphi.resources import free_memory
 
 BYTES_PER_DELTA = 4 + 2.1
 """Of memory for each number of an expert: its float32 delta, and where it stands in the order."""
-FREE_SHARE = 0.6
+FREE_SHARE = 0.7
 """Of the free memory that deltas may take; else they are made anew for every candidate."""
 
 
