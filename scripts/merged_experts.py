@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "merging.md"
 MARKS = ("<!-- experts:start -->", "<!-- experts:end -->")
 PACKAGES = ("mediphi", "torch", "transformers", "cma")
 COMMON = ("logger=csv", "model=tiny")
-BASE = ("stage=dapt", "corpus=datamix", "stage.phase.max_steps=250")
+BASE = ("stage=dapt", "corpus=datamix", "stage.phase.max_steps=300", "stage.phase.lr=6e-3")
 SHARES = "stage.grid.t=[0.1,0.25,0.5]"
 
 
