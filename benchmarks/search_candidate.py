@@ -2,7 +2,8 @@
 
 python benchmarks/search_candidate.py [--methods breadcrumbs ties] [--models 4] [--candidates 4]
 
-Ours: `merge.candidates.Candidates` over checkpoints of half a billion parameters, one thread; the
+Ours: `merge.candidates.Candidates` over checkpoints of half a billion parameters, one thread (or
+with `--device cuda` a GPU, which has not been measured); the
 deltas and the order of their magnitudes are made once (told apart), then a new density, gamma and
 weight for every candidate. mergekit 0.1.5, as its evolutionary search does without vLLM in memory:
 merge to disk, then load the files; in one process, imports not counted. Ratios of CPU-seconds
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--theirs", type=int, default=1, help="candidates of mergekit")
     parser.add_argument("--layers", type=int, default=checkpoints.LAYERS)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--side", choices=("ours", "mergekit"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -47,9 +49,12 @@ def main() -> None:
         count = checkpoints.write_checkpoints(folder, names, layers=arguments.layers)
         for method in arguments.methods:
             if arguments.side:
-                side = ours if arguments.side == "ours" else theirs
-                number = arguments.candidates if arguments.side == "ours" else arguments.theirs
-                print(json.dumps(side(folder, names, method, number)))
+                if arguments.side == "ours":
+                    device, number = arguments.device, arguments.candidates
+                    told = ours(folder, names, method, count=number, device=device)
+                else:
+                    told = theirs(folder, names, method, count=arguments.theirs)
+                print(json.dumps(told))
                 continue
             keep({"method": method, "parameters": count, **compare(folder, method, sys.argv[1:])})
 
@@ -90,7 +95,7 @@ def settings(method: str, number: int) -> dict[str, float]:
     return known
 
 
-def ours(folder: Path, names: list[str], method: str, count: int) -> dict[str, Any]:
+def ours(folder: Path, names: list[str], method: str, *, count: int, device: str) -> dict[str, Any]:
     import torch
 
     from mediphi.merge.candidates import Candidates
@@ -98,10 +103,19 @@ def ours(folder: Path, names: list[str], method: str, count: int) -> dict[str, A
 
     torch.set_num_threads(1)
     models = {name: folder / name for name in names[1:]}
-    job = Job(method=method, models=models, base=folder / "base", dtype="bfloat16", threads=1)
+    job = Job(
+        method=method,
+        models=models,
+        base=folder / "base",
+        dtype="bfloat16",
+        device="cuda" if device == "cuda" else "cpu",
+    )
     parents = open_parents(job)
     first = parents.checkpoints[0]
-    targets = {n: torch.empty(own.shape, dtype=torch.bfloat16) for n, own in first.tensors.items()}
+    targets = {
+        name: torch.empty(own.shape, dtype=torch.bfloat16, device=device)
+        for name, own in first.tensors.items()
+    }
     clock = Clock()
     candidates = Candidates(job, parents, targets)
     prepared = clock.lap()
@@ -113,13 +127,15 @@ def ours(folder: Path, names: list[str], method: str, count: int) -> dict[str, A
         }
         clock.lap()
         candidates.build(lambda _, values=values: values)
+        if device == "cuda":
+            torch.cuda.synchronize()
         costs.append(clock.lap())
     kept = candidates.keeps_deltas
     candidates.close()
     return {"prepared": prepared, "kept_deltas": kept, **split(costs)}
 
 
-def theirs(folder: Path, names: list[str], method: str, count: int) -> dict[str, Any]:
+def theirs(folder: Path, names: list[str], method: str, *, count: int) -> dict[str, Any]:
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
     from safetensors.torch import load_file
