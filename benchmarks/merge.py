@@ -92,11 +92,11 @@ def compare(folder: Path, names: list[str], method: str, *, pairs: int) -> dict[
         ours = [getattr(cost, field) for cost in costs["ours"]]
         theirs = [getattr(cost, field) for cost in costs["mergekit"]]
         ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-        told[field] = {
-            "ours": round(statistics.median(ours), 2),
-            "mergekit": round(statistics.median(theirs), 2),
-            "ratio": round(statistics.median(ratios), 2),
-            "range": [round(ratios[0], 2), round(ratios[-1], 2)],
+        told |= {
+            f"{field}_ours": round(statistics.median(ours), 2),
+            f"{field}_mergekit": round(statistics.median(theirs), 2),
+            f"{field}_ratio": round(statistics.median(ratios), 2),
+            f"{field}_ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
         }
     told["floor_wall"] = round(floor, 2)
     told["checkpoint_mib"] = round(weights(folder / names[0]).stat().st_size / 2**20)

@@ -73,6 +73,8 @@ def compare(folder: Path, method: str, given: list[str]) -> dict[str, Any]:
     wall = {side: median(found[side]["wall"]) for side in found}
     return {
         **found,
+        **{f"cpu_{side}": cpu[side] for side in cpu},
+        "prepared_cpu": found["ours"]["prepared"][0],
         "cpu_ratio": round(cpu["mergekit"] / cpu["ours"], 1),
         "wall_ratio": round(wall["mergekit"] / wall["ours"], 1),
         "environment": {

@@ -48,6 +48,11 @@ COLUMNS = {
     "gpu_train_step": (
         "data side tokens_per_s mfu peak_gib wall_ratio wall_ratio_spread loss_off failure"
     ),
+    "merge": (
+        "method models cpu_ratio cpu_ours cpu_mergekit wall_ratio wall_ours wall_mergekit "
+        "floor_wall anonymous_mib_ours anonymous_mib_mergekit checkpoint_mib"
+    ),
+    "merged_experts": ("model abstracts notes answers guidance codes all difference_from_the_base"),
     "near_duplicates": (
         "method documents recall precision documents_per_cpu_s cpu_ratio_to_mediphi "
         "cpu_ratio_spread peak_memory_bytes_per_document minutes_for_2_5_million"
@@ -70,6 +75,7 @@ COLUMNS = {
         "path strategy runs kills_of_rank_1 kills_of_rank_0 kills_with_half_written_files starts "
         "equal machine"
     ),
+    "search_candidate": "method cpu_ratio cpu_ours cpu_mergekit prepared_cpu parameters",
     "startup": "figure cpu_seconds bare_hydra_cpu_seconds ratio ratio_range",
 }
 """What the README shows of a benchmark; everything stands in the file."""

@@ -1,12 +1,12 @@
 """The recipe's first half on the bundled data: base, PIT experts, SLERP, BreadCrumbs, a table.
 
-python scripts/merged_experts.py [--runs runs/experts] [--corpora medcode medwiki guidelines]
+python benchmarks/merged_experts.py [--runs runs/experts] [--corpora medcode medwiki guidelines]
     [--evaluations 150]
 
 Every run is a command of `train.py`, printed before it is started; the same command again goes on.
 Then every model answers the hold-out part of the validation sets, which no search has chosen by, and
-the table goes to `benchmarks/results/merged_experts.jsonl` and between the marks in docs/merging.md:
-accuracies with intervals, and the difference from the base, paired by question.
+the table goes to `results/merged_experts.jsonl` and between the marks in docs/merging.md: accuracies
+with intervals, and the difference from the base, paired by question.
 """
 
 import argparse
@@ -44,8 +44,11 @@ def main() -> None:
     }
     models = {name: runs / kind / name / "model" for name, kind in kinds(arguments.corpora).items()}
     rows = score(models)
-    lines = [{"figure": "merged experts", **row} for row in rows]
-    lines.append({"figure": "merged experts", "seconds": seconds, "environment": environment()})
+    surroundings = environment()
+    lines = [
+        {**row, **shown(row), "seconds": seconds.get(row["model"]), "environment": surroundings}
+        for row in rows
+    ]
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_page(table(rows))
     print(table(rows))
@@ -136,14 +139,17 @@ def composed() -> Any:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a model, a column a set."""
-    names = list(rows[0]["sets"])
-    lines = [["model", *names, "all, difference from the base"], ["---"] * (len(names) + 2)]
-    for row in rows:
-        cells = [cell(row["sets"][name]) for name in names]
-        gain = row["sets"][names[-1]]["gain"]
-        shown = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
-        lines.append([row["model"], *cells, shown])
+    cells = [{"model": row["model"], **shown(row)} for row in rows]
+    lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(one.values()) for one in cells)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A model's cells, by set; the last one is the difference over all questions."""
+    found = {name: cell(result) for name, result in row["sets"].items()}
+    gain = list(row["sets"].values())[-1]["gain"]
+    mean, low, high = (f"{100 * gain[key]:+.1f}" for key in ("mean", "low", "high"))
+    return found | {"difference_from_the_base": f"{mean} [{low}, {high}]"}
 
 
 def cell(result: dict[str, Any]) -> str:
