@@ -3,9 +3,9 @@
 python benchmarks/merged_experts.py [--runs runs/experts] [--corpora medcode medwiki guidelines]
     [--evaluations 150]
 
-Every run is a command of `train.py`, printed before it is started; the same command again goes on.
-Then every model answers the hold-out part of the validation sets, which no search has chosen by, and
-the table goes to `results/merged_experts.jsonl` and between the marks in docs/merging.md: accuracies
+Every run is a command of `train.py`, printed before it is started; this script again goes on.
+Then every model answers the hold-out part of the validation sets, which no search has chosen by.
+The table goes to `results/merged_experts.jsonl` and between the marks in docs/merging.md: accuracies
 with intervals, and the difference from the base, paired by question.
 """
 
@@ -28,6 +28,8 @@ MARKS = ("<!-- experts:start -->", "<!-- experts:end -->")
 PACKAGES = ("mediphi", "torch", "transformers", "cma")
 COMMON = ("logger=csv", "model=tiny")
 BASE = ("stage=dapt", "corpus=datamix", "stage.phase.max_steps=300", "stage.phase.lr=6e-3")
+STEPS = ("stage.phase1.max_steps=150", "stage.phase2.max_steps=450")
+"""Of an expert: enough for the code quiz, minutes for the larger corpora."""
 SHARES = "stage.grid.t=[0.1,0.25,0.5]"
 
 
@@ -59,7 +61,7 @@ def commands(runs: Path, corpora: list[str], evaluations: int) -> dict[str, list
     base = f"{runs}/dapt/base"
     found = {"base": [*BASE]}
     for corpus in corpora:
-        found[corpus] = ["stage=pit", f"corpus={corpus}", f"model.path={base}"]
+        found[corpus] = ["stage=pit", f"corpus={corpus}", f"model.path={base}", *STEPS]
     for corpus in corpora:
         found[f"{corpus}_slerp"] = [
             "stage=search",
