@@ -5,6 +5,7 @@ comes the manifest. Every step looks there first.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from hashlib import sha256
@@ -131,12 +132,19 @@ def _stand_in(parameter: Parameter, merge: Merge) -> float | bool:
 
 
 def _tell(space: Space, sets: list[ValidationSet], stage: SearchStage) -> None:
-    budget = f"{stage.evaluations:,} candidates"
+    budget = f"{_evaluations(stage):,} candidates"
     if stage.minutes is not None:
         budget += f" or {stage.minutes:g} minutes"
     print(f"search      {stage.strategy}, {len(space.coordinates)} coordinates, {budget}")
     for one in sets:
         print(f"validation  {one.name}: {len(one.search)} questions, {len(one.holdout)} held out")
+
+
+def _evaluations(stage: SearchStage) -> int:
+    """At most; a grid has no more than its combinations."""
+    if stage.strategy != "grid":
+        return stage.evaluations
+    return min(stage.evaluations, math.prod(map(len, stage.grid.values())))
 
 
 def _fingerprint(sources: Sources, sets: list[ValidationSet]) -> str:
@@ -167,7 +175,7 @@ def _found(
         seed=config.seed,
         sigma=stage.sigma,
         population=stage.population,
-        num_evaluations=stage.evaluations,
+        num_evaluations=_evaluations(stage),
         minutes=stage.minutes,
         grid=stage.grid,
         risk=EARLY_STOP_RISK if stage.early_stop else None,
