@@ -5,8 +5,8 @@ python benchmarks/merged_experts.py [--runs runs/experts] [--corpora medcode med
 
 Every run is a command of `train.py`, printed before it is started; this script again goes on.
 Then every model answers the hold-out part of the validation sets, which no search has chosen by.
-The table goes to `results/merged_experts.jsonl` and between the marks in docs/merging.md: accuracies
-with intervals, and the difference from the base, paired by question.
+The table goes to `results/merged_experts.jsonl` and between the marks in docs/merging.md:
+accuracies with intervals, and the difference from the base, paired by question.
 """
 
 import argparse
@@ -27,9 +27,15 @@ PAGE = ROOT / "docs" / "merging.md"
 MARKS = ("<!-- experts:start -->", "<!-- experts:end -->")
 PACKAGES = ("mediphi", "torch", "transformers", "cma")
 COMMON = ("logger=csv", "model=tiny")
-BASE = ("stage=dapt", "corpus=datamix", "stage.phase.max_steps=300", "stage.phase.lr=6e-3")
-STEPS = ("stage.phase1.max_steps=150", "stage.phase2.max_steps=450")
-"""Of an expert: enough for the code quiz, minutes for the larger corpora."""
+BASE = ("stage=pit", "corpus=medcode")
+"""A small model learns little in minutes but codes: so the base knows some."""
+STEPS = (
+    "stage.phase1.lr=1e-3",
+    "stage.phase1.max_steps=100",
+    "stage.phase2.lr=1e-3",
+    "stage.phase2.max_steps=300",
+)
+"""Of an expert: few and small ones, so that it stays near the base, as a merge needs."""
 SHARES = "stage.grid.t=[0.1,0.25,0.5]"
 
 
@@ -58,7 +64,7 @@ def main() -> None:
 
 def commands(runs: Path, corpora: list[str], evaluations: int) -> dict[str, list[str]]:
     """Overrides of every run by its name, in order."""
-    base = f"{runs}/dapt/base"
+    base = f"{runs}/pit/base"
     found = {"base": [*BASE]}
     for corpus in corpora:
         found[corpus] = ["stage=pit", f"corpus={corpus}", f"model.path={base}", *STEPS]
@@ -81,7 +87,7 @@ def kinds(corpora: list[str]) -> dict[str, str]:
     """Stage of every run whose model is scored."""
     experts = {corpus: "pit" for corpus in corpora}
     slerped = {f"{corpus}_slerp": "search" for corpus in corpora}
-    return {"base": "dapt", **experts, **slerped, "soup": "merge", "breadcrumbs": "search"}
+    return {"base": "pit", **experts, **slerped, "soup": "merge", "breadcrumbs": "search"}
 
 
 def run(runs: Path, name: str, overrides: list[str]) -> float:
