@@ -5,9 +5,10 @@ python benchmarks/merge.py [--methods breadcrumbs ties slerp linear] [--pairs 3]
 Both sides read the same random bfloat16 checkpoints (a Phi-3 of 0.54 B parameters; experts are the
 base plus noise), compute in float32 and write bfloat16, each in a process of its own from its start
 to its end, interleaved (A-B-B-A). Told: CPU-seconds (user+sys), seconds, the highest anonymous
-memory of the process, the ratios mergekit / ours (median of paired ratios), the seconds that a plain
-read of all inputs and write of one output take (the floor), and whether both outputs are equal.
-One JSON line a method, printed and written to `results/merge.jsonl`, where others' lines stay.
+memory of the process, the ratios mergekit / ours (median of paired ratios), the seconds that a
+plain read of all inputs and write of one output take (the floor), and whether both outputs are
+equal. One JSON line a method, printed and written to `results/merge.jsonl`, where others' lines
+stay.
 """
 
 import argparse

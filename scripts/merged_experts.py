@@ -4,9 +4,9 @@ python scripts/merged_experts.py [--runs runs/experts] [--corpora medcode medwik
     [--evaluations 150]
 
 Every run is a command of `train.py`, printed before it is started; the same command again goes on.
-Then every model answers the hold-out part of the validation sets, which no search has chosen by, and
-the table goes to `benchmarks/results/merged_experts.jsonl` and between the marks in docs/merging.md:
-accuracies with intervals, and the difference from the base, paired by question.
+Then every model answers the hold-out part of the validation sets, which no search has chosen by,
+and the table goes to `benchmarks/results/merged_experts.jsonl` and between the marks in
+docs/merging.md: accuracies with intervals, and the difference from the base, paired by question.
 """
 
 import argparse
