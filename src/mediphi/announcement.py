@@ -9,7 +9,6 @@ from mediphi.artifacts import manifest_hash, read_manifest
 from mediphi.evaluate.scores import Difference, GroupResult, exam_table, format_table
 from mediphi.launch import RunResult
 
-
 TO_LOOK_AT = ("report.html", "search.html", "metrics.csv", "merge.yml", "README.md")
 
 

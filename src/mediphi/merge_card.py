@@ -7,7 +7,6 @@ import yaml
 
 from mediphi.artifacts import write_atomic
 from mediphi.config.corpus import Licence
-from mediphi.config.merging import Merge
 from mediphi.config.methods import METHODS
 from mediphi.markdown import table, terms
 from mediphi.sources import BASE, Sources, licences_of
@@ -22,7 +21,7 @@ Table = tuple[str, Sequence[Sequence[object]]]
 def write_merge_card(
     folder: Path,
     *,
-    recipe: Merge,
+    method: str,
     sources: Sources,
     recipe_yaml: str,
     facts: Mapping[str, object],
@@ -31,6 +30,7 @@ def write_merge_card(
     """Write the card.
 
     Args:
+        method: ours or one of mergekit's own.
         recipe_yaml: the merge in mergekit's words.
         tables: of what the merge was scored on.
     """
@@ -39,27 +39,29 @@ def write_merge_card(
         "pipeline_tag": "text-generation",
         "base_model": [str(one) for one in sources.folders.values()],
         "base_model_relation": "merge",
-        "tags": ["mediphi", "merge", "mergekit", recipe.method],
+        "tags": ["mediphi", "merge", "mergekit", method],
     }
-    method = METHODS.get(recipe.method or "")
-    how = recipe.method if method is None else f"{method.title} ({method.source})"
+    known = METHODS.get(method)
+    how = method if known is None else f"{known.title} ({known.source})"
     parents = [
         (
             f"{name} (the base)" if name == BASE else name,
             str(one),
-            sources.parents[name].sha256[:16] if name in sources.parents else UNKNOWN,
+            sources.parents[name].sha256[:16]
+            if name in sources.parents
+            else f"{sources.plain[name].sha256[:16]} of its files; {UNKNOWN}",
         )
         for name, one in sources.folders.items()
     ]
     licences = {n: Licence.model_validate(own) for n, own in licences_of(sources.parents).items()}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
-        f"# {recipe.method} of {', '.join(sources.models)}\n",
+        f"# {method} of {', '.join(sources.models)}\n",
         "Research only. Not a medical device, not for decisions about patients.\n",
         f"Merged by {how}.\n",
         table(("", ""), list(facts.items())),
         "## Models\n",
-        table(("name", "folder", "manifest sha256"), parents),
+        table(("name", "folder", "sha256 of its manifest"), parents),
         "## Licences of the data behind them\n",
         table(
             ("source", "licence", "terms"),

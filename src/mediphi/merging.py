@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from mediphi.announcement import announce
 from mediphi.artifacts import check_data, free_space, publish, write_atomic
 from mediphi.config import config_hash, run_dir
@@ -18,11 +20,18 @@ from mediphi.errors import UserError
 from mediphi.launch import RunResult
 from mediphi.merge.checkpoints import read_json
 from mediphi.merge.engine import Job, MergeFacts, merge, open_parents
-from mediphi.merge.mergekit_yaml import read_mergekit, short_names, write_mergekit
+from mediphi.merge.mergekit_yaml import read_mergekit, write_mergekit
 from mediphi.merge.settings import values_of
 from mediphi.merge_card import Table, write_merge_card
 from mediphi.progress import BytesDone
-from mediphi.sources import Sources, find_sources, licences_of, model_folder, sources_of
+from mediphi.sources import (
+    Sources,
+    find_sources,
+    inputs_of,
+    licences_of,
+    mergekits_sources,
+    read_recipe_text,
+)
 
 MODEL = "model"
 SCRATCH = "checkpoints"
@@ -44,7 +53,8 @@ def merge_models(config: Config) -> RunResult:
     if config.check_only:
         show_plan(config, recipe, sources)
         return RunResult(None, folder)
-    check_data(folder, sources.fingerprint, parents=sources.parents)
+    assert config.merge is not None
+    check_data(folder, None, parents=inputs_of(config.merge, sources))
     print(f"run         {folder}")
     facts = write_merge(config, recipe, sources, text=text)
     return publish_merge(
@@ -57,15 +67,8 @@ def _text_and_sources(recipe: Merge) -> tuple[str, Sources]:
     if recipe.config is None:
         sources = find_sources(recipe)
         return recipe_text(recipe, sources), sources
-    from mediphi.merge.by_mergekit import folders_in
-
-    text = Path(recipe.config).read_text(encoding="utf-8")
-    base, folders = folders_in(text)
-    models = {
-        short: model_folder(f, key="model")
-        for short, f in zip(short_names(folders).values(), folders, strict=True)
-    }
-    return text, sources_of(None if base is None else model_folder(base, key="base_model"), models)
+    text = read_recipe_text(recipe.config)
+    return text, mergekits_sources(text)
 
 
 def read_recipe(config: Config) -> Merge:
@@ -138,19 +141,24 @@ def wants_gpu(config: Config) -> bool:
 
 
 def show_plan(config: Config, recipe: Merge, sources: Sources) -> None:
-    """What a merge would read and write; every folder is opened and compared."""
-    folder = run_dir(config)
-    job = job_of(config, recipe, sources)
-    parents = open_parents(job)
-    first = parents.checkpoints[0]
-    size = sum(path.stat().st_size for path in {own.path for own in first.tensors.values()})
-    print(f"method      {recipe.method} ({recipe.semantics} semantics), {job.device}")
+    """What a merge would read and write; every folder is opened and compared, but for mergekit's
+    own merges, which may be of models that differ."""
+    folder, is_ours = run_dir(config), recipe.backend == "mediphi"
+    parents = open_parents(job_of(config, recipe, sources)) if is_ours else None
+    device = (
+        "by mergekit" if parents is None else "on the GPU" if wants_gpu(config) else "on the CPU"
+    )
+    print(f"method      {recipe.method or recipe.config} ({recipe.semantics} semantics), {device}")
     for name, one in sources.folders.items():
         vouched = "manifest checked" if name in sources.parents else "no manifest"
         print(f"{name:<11} {one}  ({vouched})")
-    for note in parents.notes:
-        print(f"note        {note}")
-    print(f"tensors     {len(first.tensors):,}, {size / 1e9:.2f} GB a model")
+    if parents is not None:
+        first = parents.checkpoints[0]
+        files = {own.file for own in first.tensors.values()}
+        size = sum((first.folder / file).stat().st_size for file in files)
+        for note in parents.notes:
+            print(f"note        {note}")
+        print(f"tensors     {len(first.tensors):,}, {size / 1e9:.3g} GB a model")
     print(f"disk        {free_space(folder) / 1e9:.1f} GB free at {folder}")
 
 
@@ -221,8 +229,9 @@ def publish_merge(
     """
     folder, recipe, sources, facts = run_dir(config), merged.recipe, merged.sources, merged.facts
     write_atomic(folder / RECIPE, merged.text)
+    method = recipe.method or str(yaml.safe_load(merged.text)["merge_method"])
     told = {
-        "method": recipe.method,
+        "method": method,
         "semantics": recipe.semantics,
         "parameters": f"{facts.num_parameters:,}",
         "tensors": f"{facts.num_tensors:,}",
@@ -232,7 +241,7 @@ def publish_merge(
     body = {**(metrics or nothing), "exams": {}}
     write_atomic(folder / "metrics.json", json.dumps(body, indent=1) + "\n")
     write_merge_card(
-        folder, recipe=recipe, sources=sources, recipe_yaml=merged.text, facts=told, tables=tables
+        folder, method=method, sources=sources, recipe_yaml=merged.text, facts=told, tables=tables
     )
     publish(
         folder,

@@ -110,7 +110,7 @@ def plan_phases(config: Config, *, data: PreparedData, model_config: Any) -> tup
             kinds=kinds,
             layout=layout,
             learnt=learnt,
-            capacity=config.stage.max_length,
+            capacity=config.training.max_length,
             global_batch=config.training.global_batch,
             micro_batch=config.hardware.micro_batch,
             world_size=config.world_size,

@@ -104,13 +104,21 @@ def _refuse_changed_inputs(config: Config) -> None:
 
 
 def _refuse_changed_sources(config: Config) -> None:
-    from mediphi.sources import find_sources
+    from mediphi.sources import inputs_of, told_sources
 
     assert config.merge is not None
-    if config.merge.config is not None:
-        return
     try:
-        sources = find_sources(config.merge, verify=False)
+        inputs = inputs_of(config.merge, told_sources(config.merge))
+        asked = _questions(config)
     except UserError:
         return
-    check_data(run_dir(config), None, parents=sources.parents)
+    check_data(run_dir(config), asked, parents=inputs)
+
+
+def _questions(config: Config) -> str | None:
+    """The fingerprint of a search's questions; None where it takes a corpus to make them."""
+    if config.validation is None or config.validation.reads_documents:
+        return None
+    from mediphi.data.validation_sets import build_sets, fingerprint_of
+
+    return fingerprint_of(build_sets(config.validation, seed=config.seed))

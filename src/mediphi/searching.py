@@ -24,8 +24,9 @@ from mediphi.config.methods import METHODS, Parameter
 from mediphi.config.schema import Config
 from mediphi.config.stages import SearchStage
 from mediphi.config.validation import Validation
-from mediphi.data.validation_sets import PARTS, Part, ValidationSet, build_sets
-from mediphi.errors import ArtifactError
+from mediphi.data.validation_sets import PARTS, Part, ValidationSet, build_sets, fingerprint_of
+from mediphi.errors import ArtifactError, UserError
+from mediphi.fitness import EncodedSets, Progress, SetScores, encode_sets, score_sets
 from mediphi.launch import RunResult
 from mediphi.merge.candidates import Candidates
 from mediphi.merge.engine import Job, Parents, open_parents
@@ -55,8 +56,7 @@ from mediphi.merging import (
     show_plan,
     write_merge,
 )
-from mediphi.fitness import EncodedSets, Progress, SetScores, encode_sets, score_sets
-from mediphi.sources import Sources, find_sources
+from mediphi.sources import Sources, find_sources, inputs_of
 from mediphi.tracking.names import search_header
 from mediphi.tracking.progress import silence_lightning
 
@@ -79,13 +79,14 @@ def search_merge(config: Config) -> RunResult:
     silence_lightning()
     engine.limit_threads(config.hardware)
     sources, space = find_sources(merge), _space(stage, merge)
+    open_parents(job_of(config, merge, sources))  # refuses before texts are read and runs logged
     sets = build_sets(validation, seed=config.seed)
     if config.check_only:
         show_plan(config, merge, sources)
         _tell(space, sets, stage)
         return RunResult(None, run_dir(config))
-    fingerprint = _fingerprint(sources, sets)
-    check_data(run_dir(config), fingerprint, parents=sources.parents)
+    fingerprint = fingerprint_of(sets)
+    check_data(run_dir(config), fingerprint, parents=inputs_of(merge, sources))
     print(f"run         {run_dir(config)}")
     _tell(space, sets, stage)
     found = _found(config, space, sources, sets, fingerprint)
@@ -98,7 +99,10 @@ def search_merge(config: Config) -> RunResult:
         title=f"{merge.method} of {', '.join(merge.models)}",
         space=space,
         result=found,
-        facts={"method": merge.method, "validation sets": len(sets)},
+        facts={
+            "Questions": sum(len(one.search) for one in sets),
+            "Held out": sum(len(one.holdout) for one in sets),
+        },
     )
     published = Published(winner, sources, text, facts, time.monotonic() - started)
     return publish_merge(config, published, metrics=told, tables=[_table(found, sets)])
@@ -147,17 +151,11 @@ def _evaluations(stage: SearchStage) -> int:
     return min(stage.evaluations, math.prod(map(len, stage.grid.values())))
 
 
-def _fingerprint(sources: Sources, sets: list[ValidationSet]) -> str:
-    """Of what the search reads: folders without a manifest, and questions."""
-    read = [sources.fingerprint, *(one.fingerprint for one in sets)]
-    return sha256(json.dumps(read).encode()).hexdigest()
-
-
 def _identity(config: Config, sources: Sources, fingerprint: str) -> str:
     """Of all that a genome's score depends on beside the space."""
     stage, merge, _ = _sections(config)
-    parents = {name: parent.sha256 for name, parent in sources.parents.items()}
-    content = [merge.model_dump(mode="json"), parents, fingerprint, config.seed, stage.layer_groups]
+    read = {name: one.sha256 for name, one in (sources.parents | sources.plain).items()}
+    content = [merge.model_dump(mode="json"), read, fingerprint, config.seed, stage.layer_groups]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -269,19 +267,22 @@ class _Bench:
             self._candidates.build(values_of(merged, num_layers=self._num_layers))
         except MergeError as error:
             raise CandidateError(str(error)) from None
-        return self._score("search", hopeless)
+        return self._scored("search", hopeless)
 
     def holdout(self, genome: Genome) -> Evaluation:
         """Score the candidate that was just built on the hold-out part."""
-        return self._score("holdout", None)
+        return self._scored("holdout", None)
 
-    def _score(self, part: Part, hopeless: Hopeless | None) -> Evaluation:
+    def _scored(self, part: Part, hopeless: Hopeless | None) -> Evaluation:
         def gives_up(progress: Mapping[str, Progress]) -> bool:
             assert hopeless is not None
             return hopeless(*zip(*progress.values(), strict=True))
 
         stop = None if hopeless is None else gives_up
-        return _evaluation(score_sets(self._model, self._sets[part], hopeless=stop))
+        try:
+            return _evaluation(score_sets(self._model, self._sets[part], hopeless=stop))
+        except UserError as error:  # answers that are not finite
+            raise CandidateError(str(error)) from None
 
 
 def targets_of(model: PreTrainedModel, parents: Parents, job: Job) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from mediphi.artifacts import (
 )
 from mediphi.config.merging import Merge
 from mediphi.config.methods import METHODS
-from mediphi.errors import ArtifactError, UserError
+from mediphi.errors import ArtifactError, ConfigError, UserError
 
 BASE = "base"
 
@@ -27,18 +27,24 @@ class Sources(NamedTuple):
     Attributes:
         base: None where the method has none.
         parents: artifacts of ours among them, by name and `base`.
-        fingerprint: of the folders that no manifest of ours vouches for.
+        plain: the folders that no manifest of ours vouches for, likewise; large files are sampled.
     """
 
     base: Path | None
     models: dict[str, Path]
     parents: dict[str, Parent]
-    fingerprint: str
+    plain: dict[str, Parent]
 
     @property
     def folders(self) -> dict[str, Path]:
         """All of them by name, the base first."""
         return ({} if self.base is None else {BASE: self.base}) | self.models
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the folders that no manifest of ours vouches for."""
+        plain = {name: one.sha256 for name, one in self.plain.items()}
+        return sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def find_sources(merge: Merge, *, verify: bool = True) -> Sources:
@@ -63,6 +69,66 @@ def find_sources(merge: Merge, *, verify: bool = True) -> Sources:
     return sources_of(base, models, verify=verify)
 
 
+def told_sources(told: Merge) -> Sources:
+    """What the merge reads, also where a file tells it; by the word of the manifests.
+
+    Raises:
+        UserError: a file, folder or base is missing.
+    """
+    if told.config is None:
+        return find_sources(told, verify=False)
+    if told.backend == "mergekit":
+        return mergekits_sources(read_recipe_text(told.config), verify=False)
+    from mediphi.merge.mergekit_yaml import read_mergekit
+
+    return find_sources(read_mergekit(Path(told.config)).merge, verify=False)
+
+
+def mergekits_sources(text: str, *, verify: bool = True) -> Sources:
+    """What mergekit would read for a text in its YAML.
+
+    Raises:
+        UserError: mergekit is not installed or cannot read it, or a folder is missing.
+    """
+    from mediphi.merge.by_mergekit import folders_in
+    from mediphi.merge.mergekit_yaml import short_names
+
+    base, folders = folders_in(text)
+    models = {
+        short: model_folder(folder, key="model")
+        for short, folder in zip(short_names(folders).values(), folders, strict=True)
+    }
+    root = None if base is None else model_folder(base, key="base_model")
+    return sources_of(root, models, verify=verify)
+
+
+def read_recipe_text(path: str) -> str:
+    """The file that `merge.config` names.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError([f"merge.config={path}: cannot be read: {why}"]) from None
+
+
+def inputs_of(told: Merge, sources: Sources) -> dict[str, Parent]:
+    """All that the config's merge reads, by the names that an error tells.
+
+    Raises:
+        ConfigError: the file that tells it cannot be read.
+    """
+    found = sources.parents | sources.plain
+    inputs = {n if n == BASE else f"model {n}": one for n, one in found.items()}
+    if told.config is not None:
+        text = read_recipe_text(told.config)
+        inputs["merge.config"] = Parent(told.config, sha256(text.encode()).hexdigest())
+    return inputs
+
+
 def sources_of(base: Path | None, models: dict[str, Path], *, verify: bool = True) -> Sources:
     """Folders with what vouches for them.
 
@@ -72,16 +138,14 @@ def sources_of(base: Path | None, models: dict[str, Path], *, verify: bool = Tru
     if BASE in models:
         raise UserError("merge.models.base: base is the name of the base model; take another")
     parents: dict[str, Parent] = {}
-    plain: dict[str, str] = {}
+    plain: dict[str, Parent] = {}
     for name, folder in (models | ({} if base is None else {BASE: base})).items():
         parent = verified_parent(folder) if verify else _named(folder)
         if parent is not None:
             parents[name] = parent
         else:
-            found = plain_folder(str(folder))
-            plain[name] = "" if found is None else found.sha256
-    digest = sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return Sources(base, models, parents, digest)
+            plain[name] = plain_folder(str(folder)) or Parent(str(folder), "")
+    return Sources(base, models, parents, plain)
 
 
 def model_folder(path: str, *, key: str) -> Path:

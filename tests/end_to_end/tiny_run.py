@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mediphi.tracking.names import WALL_CLOCK
+from mediphi.tracking.names import METRICS, SEARCH_METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "train.py"
@@ -28,11 +28,13 @@ TINY = ROOT / "assets" / "models" / "tiny"
 ICD = ROOT / "assets" / "corpora" / "icd10cm_2021"
 PRELOAD = [
     "mediphi.training",
+    "mediphi.searching",
     "mediphi.tracking.tensorboard_log",
     "matplotlib.backends.backend_svg",
 ]
 PRELOAD += ["transformers.models.phi3.modeling_phi3", "deepspeed"]  # looked for when saving
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+CLOCK = {metric.name for metric in (*METRICS, *SEARCH_METRICS) if metric.wall_clock}
 STEPS = 24
 """Optimizer steps of each phase."""
 
@@ -249,7 +251,7 @@ def curve(run_dir: Path) -> list[tuple[str, ...]]:
     """Rows of metrics.csv without the columns that depend on the clock."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [tuple(v for k, v in row.items() if k not in WALL_CLOCK) for row in rows]
+    return [tuple(v for k, v in row.items() if k not in CLOCK) for row in rows]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

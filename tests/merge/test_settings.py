@@ -198,9 +198,8 @@ WRONG = {
     "a: &x 1\nb: *x": "aliases",
     "merge_method: [": "expected the node content",
     "- 1": "must be keys with values",
-    "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\nparameters: {weight: 1, density: 2}": (
-        "parameters.density: must be from 0 to 1"
-    ),
+    "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n"
+    "parameters: {weight: 1, density: 2}": "parameters.density: must be from 0 to 1",
 }
 
 

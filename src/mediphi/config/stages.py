@@ -222,7 +222,7 @@ class SearchStage(Strict):
     """Minutes of search at most, over all its starts; null: as long as it takes."""
     sigma: Annotated[float, Field(gt=0, le=1)] = 1 / 6
     """CMA-ES's first step, as a share of every parameter's range."""
-    population: Annotated[int, Field(ge=2)] | None = None
+    population: Annotated[int, Field(ge=4)] | None = None
     """Candidates of a generation; null: 4 + 3 ln(number of coordinates)."""
     searched: tuple[str, ...] | None = None
     """Parameters that are searched; null: all that the method's table gives bounds for."""

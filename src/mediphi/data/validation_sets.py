@@ -75,6 +75,11 @@ def build_sets(
         return sets_of(validation, documents, guarded=guarded, seed=seed)
 
 
+def fingerprint_of(sets: Sequence[ValidationSet]) -> str:
+    """SHA-256 of all questions of all sets."""
+    return sha256(json.dumps([one.fingerprint for one in sets]).encode()).hexdigest()
+
+
 def sets_of(
     validation: Validation, documents: Documents, *, guarded: set[str], seed: int
 ) -> list[ValidationSet]:

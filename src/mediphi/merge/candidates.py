@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mediphi.errors import UserError
 from mediphi.merge.checkpoints import Checkpoint
-from mediphi.merge.engine import Job, Parents, tensor_seed
+from mediphi.merge.engine import Job, Parents, check_finite, is_finite, tensor_seed
 from mediphi.merge.operators import DELTA_METHODS, MergeError, Operands, Values, merge_tensor
 from mediphi.merge.statistics import OrderStatistics
 from mediphi.resources import free_memory
@@ -31,6 +31,9 @@ class Candidates:
         job: what is merged; `dtype` is that of `targets`.
         parents: the opened folders.
         targets: the tensors to write to, by name: all that the merge has; tied ones once.
+
+    Raises:
+        ArtifactError: a model holds numbers that are not finite.
     """
 
     def __init__(self, job: Job, parents: Parents, targets: Mapping[str, Tensor]) -> None:
@@ -42,14 +45,18 @@ class Candidates:
         count = sum(_count(first, n) for n in self._floats) * len(job.models)
         self.keeps_deltas = keeps and count * BYTES_PER_DELTA < FREE_SHARE * free_memory()
         self._pool = ThreadPoolExecutor(job.threads, initializer=_one_thread)
-        prepared = self._pool.map(lambda n: self._prepare(parents.checkpoints, n), self._floats)
-        self._operands = dict(zip(self._floats, prepared, strict=True))
+        try:
+            prepared = self._pool.map(lambda n: self._prepare(parents.checkpoints, n), self._floats)
+            self._operands = dict(zip(self._floats, prepared, strict=True))
+        except BaseException:
+            self._pool.shutdown(cancel_futures=True)
+            raise
 
     def build(self, values: Callable[[str], Values]) -> None:
         """Write the merge with these values over the last one: bitwise what `merge` would write.
 
         Raises:
-            MergeError: a tensor cannot be merged so, or comes out not finite; names the tensor.
+            MergeError: a tensor cannot be merged so, or is too large for float16; names the tensor.
         """
         for _ in self._pool.map(lambda name: self._write(name, values(name)), self._floats):
             pass
@@ -62,6 +69,7 @@ class Candidates:
         self, checkpoints: tuple[Checkpoint, ...], name: str
     ) -> tuple[Operands, OrderStatistics | None]:
         tensors = [one.read(name).to(self._job.device) for one in checkpoints]
+        check_finite(name, checkpoints, tensors)
         base = tensors.pop(0) if self._job.base is not None else None
         if not self.keeps_deltas:
             return Operands(base, tuple(tensors)), None
@@ -90,6 +98,9 @@ class Candidates:
                 seed=tensor_seed(self._job.seed, name),
                 ranks=ranks,
             )
+            # Of finite models with bounded weights no other type overflows.
+            if self._targets[name].dtype == torch.float16 and not is_finite(self._targets[name]):
+                raise MergeError("merged, it is not finite in float16")
         except UserError as error:
             raise MergeError(f"tensor {name}: {error}") from None
 

@@ -238,7 +238,7 @@ def _merge_floats(work: _Work, name: str, out: Tensor) -> None:
     read = work.checkpoints[-len(job.models) - has_base :]
     tensors = [checkpoint.read(name).to(job.device) for checkpoint in read]
     if job.method not in DENSE:
-        _check_finite(name, read, tensors)
+        check_finite(name, read, tensors)
     operands = Operands(tensors[0] if has_base else None, tuple(tensors[has_base:]))
     result = out if job.device == "cpu" else torch.empty_like(out, device=job.device)
     try:
@@ -250,21 +250,26 @@ def _merge_floats(work: _Work, name: str, out: Tensor) -> None:
             semantics=job.semantics,
             seed=tensor_seed(job.seed, name),
         )
-        if not _is_finite(result):
+        if not is_finite(result):
             raise MergeError(
                 f"merged, it is not finite in {dtype_name(out.dtype)}; choose smaller weights or "
                 "another dtype"
             )
     except MergeError as error:
-        _check_finite(name, read, tensors)  # then this is the cause
+        check_finite(name, read, tensors)  # then this is the cause
         raise MergeError(f"tensor {name}: {error}") from None
     if result is not out:
         out.copy_(result)
 
 
-def _check_finite(name: str, read: Sequence[Checkpoint], tensors: Sequence[Tensor]) -> None:
+def check_finite(name: str, read: Sequence[Checkpoint], tensors: Sequence[Tensor]) -> None:
+    """Refuse numbers that are not finite in the tensor of that name; names the model.
+
+    Raises:
+        ArtifactError: there are some.
+    """
     for checkpoint, tensor in zip(read, tensors, strict=True):
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise ArtifactError(
                 f"{checkpoint.folder}: tensor {name} holds numbers that are not finite; leave this "
                 "model out, or make it anew"
@@ -276,8 +281,8 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """One pass without a copy: NaN goes through minimum and maximum."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are. One pass without a copy: NaN goes through minimum and maximum."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)

@@ -1,8 +1,8 @@
 """mergekit's YAML, read into a `Merge` and written from one.
 
 Slices that cut all models alike become `layers` of conditionals, and back. What we do not merge
-(other methods, slices that move layers about, other tokenizers) is left to `merge.backend=mergekit`,
-which gets the file as it is.
+(other methods, slices that move layers about, other tokenizers) is left to
+`merge.backend=mergekit`, which gets the file as it is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,8 @@ SOURCE = ("model", "layer_range", "parameters")
 UNUSED = ("int8_mask",)
 """A parameter that changes mergekit's memory, not its result."""
 
+OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+"""Tensors of a decoder that belong to no layer: a gradient gives them its first number."""
 THEIR_DENSITY = 1.0
 """mergekit's default of breadcrumbs; ours is the paper's."""
 
@@ -74,16 +76,14 @@ def read_mergekit(path: Path) -> Recipe:
     if method.startswith("breadcrumbs"):
         whole.setdefault("density", THEIR_DENSITY)
     names = short_names(folders)
+    own = {f: _joined([(one.layers, one.own.get(f, {})) for one in slices]) for f in folders}
     values = {
         "method": method,
         "base": base,
-        "models": {
-            names[f]: {"path": f, "parameters": _joined([(s.layers, s.own.get(f, {})) for s in slices])}
-            for f in folders
-        },
+        "models": {names[f]: {"path": f, "parameters": own[f]} for f in folders},
         "parameters": _joined([(s.layers, s.shared) for s in slices], below=whole),
         "dtype": body.get("out_dtype") or body.get("dtype"),
-    }  # fmt: skip
+    }
     try:
         merge = Merge.model_validate(values)
     except ValidationError as error:
@@ -289,12 +289,16 @@ def _cut_setting(setting: Setting, layers: Range, num_layers: int) -> Any:
         return _spelled((0, num_layers), setting, layers, num_layers)
     entries: list[Any] = []
     for entry in _conditionals(setting):
-        first, end = entry.get("layers", (0, num_layers))  # type: ignore[misc]
+        first, end = map(int, entry.get("layers", (0, num_layers)))  # type: ignore[arg-type]
         if first <= layers[0] and layers[1] <= end:
-            value = _spelled((int(first), int(end)), entry["value"], layers, num_layers)  # type: ignore[arg-type]
-            if "filter" in entry:
-                inside = value[0]["value"] if _is_spelled(value) else value
-                entries.append({"value": inside, "filter": entry["filter"]})
+            value = _spelled((first, end), entry["value"], layers, num_layers)  # type: ignore[arg-type]
+            if "filter" in entry and _is_spelled(value):
+                wanted, (inside, outside) = str(entry["filter"]), value
+                own = [name for name in OUTSIDE if wanted == "*" or wanted in name]
+                entries += [{"value": outside["value"], "filter": name} for name in own]
+                entries.append({"value": inside["value"], "filter": wanted})
+            elif "filter" in entry:
+                entries.append({"value": value, "filter": entry["filter"]})
             else:
                 entries += value if _is_spelled(value) else [{"value": value}]
     return entries or None
