@@ -8,12 +8,13 @@ summary of the lines that the constants were made from, and of those that they w
 
 Memory: what was measured beyond the counted items is a constant of the precision and shares of what
 micro-batch and weights take from glibc's heap. Speed: a step's seconds are products at a share of
-the peak rate (one for each precision), bytes at a share of the bandwidth, and a time for every
-operation. Least squares of the relative errors, no constant below zero.
+the peak rate (one for each precision) and bytes at a share of the bandwidth. Least squares of the
+relative errors, no constant below zero.
 """
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -72,10 +73,12 @@ def _predicted_memory(line: Line) -> Line:
 
 
 def _predicted_speed(line: Line) -> Line:
-    rates = speed.Rates(line["peak_flops"], line["bandwidth"], "")
+    bandwidth, gloo = line["bandwidth"], speed.Link("gloo", speed.GLOO)
+    rates = speed.Rates(line["peak_flops"], bandwidth, "", link=gloo, host=bandwidth)
     factors = speed.FACTORS["cpu", line["precision"]]
-    rate = line["tokens"] / speed.Work(**line["work"]).seconds(rates, factors)
-    ratio = round(rate / line["measured_tokens_per_s"], 3)  # of seconds, so the other way about
+    work = speed.Work(**{field.name: line["work"][field.name] for field in fields(speed.Work)})
+    rate = line["tokens"] / work.seconds(rates, factors, link=gloo)
+    ratio = round(line["measured_tokens_per_s"] / rate, 3)
     return {"predicted_tokens_per_s": round(rate, 1), "measured_over_predicted": ratio}
 
 
@@ -89,7 +92,7 @@ def told(line: Line) -> str:
         return f"{start}{numbers}{line['ratio']:>7.3f}"
     ours, real = line["predicted_tokens_per_s"], line["measured_tokens_per_s"]
     ratio = line["measured_over_predicted"]
-    return f"{start}{ours:>9.1f} tokens/s predicted{real:>9.1f} measured{ratio:>7.3f} (seconds)"
+    return f"{start}{ours:>9.1f} tokens/s predicted{real:>9.1f} measured{ratio:>7.3f}"
 
 
 def heap_constants(lines: Sequence[Line]) -> dict[str, float]:
@@ -109,21 +112,20 @@ def heap_constants(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def speed_factors(lines: Sequence[Line]) -> dict[str, float]:
-    """Products (of each precision), traffic, operation (microseconds), from lines of speed."""
+    """Shares: products (of each precision) and traffic, from lines of speed."""
 
     def row(line: Line) -> list[float]:
         work = line["work"]
         products = work["flops"] / line["peak_flops"]
         shares = [products * (line["precision"] == name) for name in PRECISIONS]
-        return [*shares, work["traffic"] / line["bandwidth"], 1e-6 * work["operations"]]
+        return [*shares, work["traffic"] / line["bandwidth"]]
 
     def seconds(line: Line) -> float:
         return line["tokens"] / line["measured_tokens_per_s"]
 
-    *inverse, operation = _least_squares(lines, row, seconds, size=seconds)
+    inverse = _least_squares(lines, row, seconds, size=seconds)
     names = (*(f"products {name}" for name in PRECISIONS), "traffic")
-    shares = {name: 1 / n if n else float("inf") for name, n in zip(names, inverse, strict=True)}
-    return shares | {"operation": operation}
+    return {name: 1 / n if n else float("inf") for name, n in zip(names, inverse, strict=True)}
 
 
 def _least_squares(
@@ -170,7 +172,6 @@ def held_constants() -> dict[str, float]:
         **{f"libraries {name}": memory.LIBRARIES[name] / 1e6 for name in PRECISIONS},
         **{f"products {name}": factors[name].products for name in PRECISIONS},
         "traffic": factors["bf16-mixed"].traffic,
-        "operation": 1e6 * factors["bf16-mixed"].operation,
     }
 
 

@@ -199,6 +199,7 @@ class Side:
 
     def end(self) -> None:
         self.process.communicate()
+        self.errors.close()
 
 
 Measured = tuple[Run, list[Run]]

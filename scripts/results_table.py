@@ -44,7 +44,8 @@ COLUMNS = {
         "side new_tokens_per_s share_of_floor peak_mib wall_ratio wall_ratio_spread same_answers "
         "failure"
     ),
-    "gpu_loss": "side ms share_of_peak peak_mib wall_ratio wall_ratio_spread",
+    "gpu_loss": "side ms share_of_peak peak_mib wall_ratio wall_ratio_spread failure",
+    "gpu_planner_memory": ("side predicted_gib used_gib ratio allocated_gib reserved_gib failure"),
     "gpu_train_step": (
         "data side tokens_per_s mfu peak_gib wall_ratio wall_ratio_spread loss_off failure"
     ),

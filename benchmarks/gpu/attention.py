@@ -27,6 +27,7 @@ from mediphi import attention
 from mediphi.batches import PreferenceBatch, TokenBatch
 
 RESULTS = "gpu_attention.jsonl"
+FIGURE = "attention of one layer, forward and backward, bf16"
 Call = Callable[[Any, Any, Any], Any]
 """Query, key and value `[1, heads, tokens, head_dim]` -> `[1, tokens, heads, head_dim]`."""
 
@@ -215,24 +216,30 @@ def check_parity(row: Row, calls: dict[str, Call], qkv: list[Any], upstream: Any
 def figures(options: Options) -> Iterator[dict[str, Any]]:
     peak = measuring.peak_flops()
     for row in rows(options):
+        calls = all_sides(row)
+        line = {"figure": FIGURE, "data": row.name}
+        if not options.deadline.leaves():
+            yield from ({**line, "side": name, "failure": options.deadline.told} for name in calls)
+            continue
         qkv = heads(options, row)
         upstream = torch.randn_like(qkv[0]).transpose(1, 2)
-        calls = all_sides(row)
         parity = check_parity(row, calls, qkv, upstream)
         timed = {name: partial(step, call, qkv, upstream) for name, call in calls.items()}
         if row.parts == 3:
             both = sum(b - a for runs in row.sequences() for a, b in runs)
             longer = torch.randn(1, both, *upstream.shape[2:], device=kind(), dtype=upstream.dtype)
             timed["prompts twice"] = partial(step, twice_side(row), qkv, longer)
-        costs = measuring.in_turns(timed, toy=options.toy)
+        costs = measuring.in_turns(timed, toy=options.toy, deadline=options.deadline)
         # Two products forward, four backward; what kernels recompute is no use to anybody.
         flops = 12 * row.pairs() * qkv[0].shape[1] * qkv[0].shape[3]
         base = costs[attention.choose_kernel("auto", device_type=kind(), shares_prompts=True)]
         for name, measured in costs.items():
+            if not measured:
+                yield {**line, "side": name, "failure": options.deadline.told}
+                continue
             seconds = sides.median(one.seconds for one in measured)
             yield {
-                "figure": "attention of one layer, forward and backward, bf16",
-                "data": row.name,
+                **line,
                 "side": name,
                 **measuring.seconds_ratio(base, measured),
                 "ms": measuring.median_ms(measured),

@@ -121,7 +121,7 @@ def check_parity(answers: dict[str, Answers]) -> dict[str, float]:
     Raises:
         AssertionError: not all, in float32.
     """
-    expected = answers["ours"]
+    expected = answers.get("ours", [])
     shares = {}
     for name, own in answers.items():
         same = [a == b for a, b in zip(own, expected, strict=True)]
@@ -162,6 +162,10 @@ def figures(options: Options) -> Iterator[dict[str, Any]]:
     calls = {name: partial(side, prompts, new_tokens) for name, side in all_sides(options).items()}
     answers, failures = {}, {}
     for name, call in list(calls.items()):
+        if not options.deadline.leaves():
+            failures[name] = options.deadline.told
+            del calls[name]
+            continue
         try:
             answers[name] = call()
         except Exception as error:  # a peer's; ours has to run
@@ -170,10 +174,14 @@ def figures(options: Options) -> Iterator[dict[str, Any]]:
             failures[name] = f"{type(error).__name__}: {error}"[:400]
             del calls[name]
     parity = check_parity(answers)
-    costs = measuring.in_turns(calls, toy=options.toy, repeat=1)
+    deadline = options.deadline
+    costs = measuring.in_turns(calls, toy=options.toy, deadline=deadline, repeat=1)
     floor = floor_seconds(options, prompts, new_tokens)
     line = {"figure": "greedy generation", "data": f"{len(prompts)} prompts, {new_tokens} tokens"}
     for name, measured in costs.items():
+        if not measured:
+            failures[name] = deadline.told
+            continue
         seconds = median(one.seconds for one in measured)
         yield {
             **line,

@@ -110,14 +110,20 @@ def figures(options: Options) -> Iterator[dict[str, Any]]:
     parity = check_parity(found, options)
     own = problem(options, tokens=tokens)
     calls = {name: partial(step, side, own) for name, side in found.items()}
-    costs = measuring.in_turns(calls, toy=options.toy)
+    costs = measuring.in_turns(calls, toy=options.toy, deadline=options.deadline)
     size, vocab = own[1].shape[1], own[1].shape[0]
     floor = 3 * 2 * tokens * size * vocab / measuring.peak_flops()
     base = costs[next(iter(costs))] if options.toy else costs["ours, 2048 positions"]
+    line = {
+        "figure": "cross-entropy of the head, forward and backward, bf16",
+        "data": f"{tokens} targets, {size} x {vocab}",
+    }
     for name, measured in costs.items():
+        if not measured:
+            yield {**line, "side": name, "failure": options.deadline.told}
+            continue
         yield {
-            "figure": "cross-entropy of the head, forward and backward, bf16",
-            "data": f"{tokens} targets, {size} x {vocab}",
+            **line,
             "side": name,
             **measuring.seconds_ratio(base, measured),
             "ms": measuring.median_ms(measured),

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).parents[1]))  # the CPU benchmarks
 
 import sides
+from turns import Deadline
 
 PHI = sides.ROOT / "assets" / "models" / "phi35_mini"
 PACKAGES = (*sides.PACKAGES, "triton", "flash_attn", "liger_kernel")
@@ -106,19 +107,31 @@ def cost(call: Callable[[], Any], *, repeat: int) -> Cost:
 
 
 def in_turns(
-    calls: dict[str, Callable[[], Any]], *, toy: bool, repeat: int = 10
+    calls: dict[str, Callable[[], Any]], *, toy: bool, deadline: Deadline, repeat: int = 10
 ) -> dict[str, list[Cost]]:
-    """Costs of every call: once if `toy`, else five times in turns A-B-C, C-B-A."""
+    """Costs of every call: once if `toy`, else five times in turns A-B-C, C-B-A.
+
+    No call begins that would end after the deadline; those without any turn have no costs.
+    """
     found: dict[str, list[Cost]] = {name: [] for name in calls}
+    longest = dict.fromkeys(calls, 0.0)
     for turn in range(1 if toy else 5):
         for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            if not deadline.leaves(longest[name]):
+                return found
+            start = time.monotonic()
             found[name].append(cost(calls[name], repeat=1 if toy else repeat))
+            longest[name] = max(longest[name], time.monotonic() - start)
     return found
 
 
 def seconds_ratio(ours: Sequence[Cost], peer: Sequence[Cost]) -> dict[str, Any]:
-    """Peer over ours: the median of paired runs with their spread."""
-    return sides.ratio(ours, peer, lambda one: one.seconds, name="wall")  # type: ignore[arg-type]
+    """Peer over ours: the median of paired turns with their spread; nothing without a pair."""
+    pairs = min(len(ours), len(peer))
+    if not pairs:
+        return {}
+    own, other = ours[:pairs], peer[:pairs]
+    return sides.ratio(own, other, lambda one: one.seconds, name="wall")  # type: ignore[arg-type]
 
 
 def median_ms(costs: Sequence[Cost]) -> float:
@@ -170,70 +183,6 @@ class DeviceMeter(sides.Meter):
             torch.cuda.empty_cache()
 
 
-class Turns(NamedTuple):
-    """Of a side: its first run, whose loss is compared, and the timed ones; or why it failed."""
-
-    parity: sides.Run | None
-    runs: list[sides.Run]
-    failure: str | None = None
-
-
-def processes_in_turns(
-    names: Iterable[str], script: str, task: Sequence[Any], *, toy: bool, minutes: float
-) -> dict[str, Turns]:
-    """Sides in processes of their own that stay alive, A-B-C, C-B-A: at most five timed rounds.
-
-    No round begins that would end after `minutes`. A side that fails, for want of memory say, is
-    told in its line and keeps no other from running.
-    """
-    import tempfile
-
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        task_file = Path(folder) / "task.json"
-        task_file.write_text(json.dumps(task))
-        workers = {name: sides.Side(name, script, task_file, threads=4) for name in names}
-        found = {name: _first(worker) for name, worker in workers.items()}
-        longest = 0.0
-        for number in range(1 if toy else 5):
-            begun = time.monotonic()
-            if number and begun - started + 1.2 * longest > 60 * minutes:
-                break
-            for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-                if found[name].failure is None:
-                    found[name] = _timed(workers[name], found[name])
-            longest = max(longest, time.monotonic() - begun)
-        for name, worker in workers.items():
-            if found[name].failure is None:
-                worker.end()
-    if (failure := found["ours"].failure) is not None:
-        raise SystemExit(f"ours: {failure}")
-    return found
-
-
-def _first(worker: sides.Side) -> Turns:
-    try:
-        return Turns(worker.run("parity"), [])
-    except SystemExit as error:
-        return Turns(None, [], str(error)[-600:])
-
-
-def _timed(worker: sides.Side, so_far: Turns) -> Turns:
-    try:
-        return so_far._replace(runs=[*so_far.runs, worker.run("time")])
-    except SystemExit as error:
-        return Turns(so_far.parity, [], str(error)[-600:])
-
-
-def run_ratio(ours: Turns, peer: Turns, costs: Callable[[sides.Run], float]) -> dict[str, Any]:
-    """Peer over ours, paired as far as both have run; nothing where one has not."""
-    both = list(zip(ours.runs, peer.runs, strict=False))
-    if not both:
-        return {}
-    left, right = zip(*both, strict=True)
-    return sides.ratio(left, right, costs, name="wall")
-
-
 # ---------------------------------------------------------------------------------- lines
 def environment() -> dict[str, Any]:
     """Versions, the GPU's name, the rate that MFU divides by."""
@@ -279,7 +228,7 @@ class Options(NamedTuple):
 
     toy: bool
     folder: str
-    minutes: float
+    deadline: Deadline
     rows: int
     only: tuple[str, ...]
 
@@ -293,16 +242,17 @@ def run_benchmark(figures: Figures, *, doc: str | None, results: str) -> None:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--toy", action="store_true", help="correctness only, writes nothing")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no round begins after them")
+    parser.add_argument(
+        "--deadline", type=float, default=540.0, help="seconds after which nothing is measured"
+    )
     parser.add_argument("--rows", type=int, default=2, help="packed rows per forward pass")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of figures")
     arguments = parser.parse_args()
     if not arguments.toy and device() == "cpu":
         parser.error("no CUDA device: only --toy runs here")
     folder = sides.TINY if arguments.toy else PHI
-    options = Options(
-        arguments.toy, str(folder), arguments.minutes, arguments.rows, tuple(arguments.only)
-    )
+    deadline = Deadline(arguments.deadline)
+    options = Options(arguments.toy, str(folder), deadline, arguments.rows, tuple(arguments.only))
     lines = []
     for figure in figures(options):
         line = {**figure, **environment()}

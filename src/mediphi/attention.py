@@ -46,7 +46,12 @@ FLASH_SHARES_NOTHING = (
 
 
 def choose_kernel(
-    wanted: str, *, device_type: str, shares_prompts: bool = False, half: bool = True
+    wanted: str,
+    *,
+    device_type: str,
+    shares_prompts: bool = False,
+    half: bool = True,
+    is_here: bool = True,
 ) -> Kernel:
     """The best kernel that is there, or the wanted one.
 
@@ -56,11 +61,14 @@ def choose_kernel(
         shares_prompts: whether rows will hold two answers to one prompt, which flash cannot do.
         half: whether products are in half precision, the only one of flash and varlen; in float32
             `auto` does not round.
+        is_here: else the device is another machine's: it has whatever is wanted, and `auto` counts
+            on nothing that has to be installed.
 
     Raises:
         UserError: the wanted kernel cannot run here.
     """
-    available: list[Kernel] = available_kernels(device_type)
+    elsewhere: list[Kernel] = ["varlen", "sdpa", "flash"]
+    available = available_kernels(device_type) if is_here else elsewhere
     if shares_prompts and wanted == "auto":
         available = [kernel for kernel in available if kernel != "flash"]
     if shares_prompts and wanted == "flash":

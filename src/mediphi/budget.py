@@ -30,6 +30,9 @@ KEPT_BYTES = {"32-true": (44, 16), "bf16-mixed": (30, 8)}
 """What a layer keeps for backward of a token: bytes for each unit of its hidden state, and of its
 feed-forward state. Autocast leaves the residual stream and the norms in float32."""
 
+STATE_BYTES = 12
+"""Of a checkpoint for each trained parameter: float32 weight and AdamW's two moments."""
+
 USABLE = 0.9
 """Share of a GPU's memory that may be filled by the estimate; the rest is for what it misses."""
 
@@ -64,6 +67,11 @@ class Budget:
     def num_trained(self) -> int:
         """Parameters with a gradient and AdamW's moments."""
         return self.num_adapter_parameters or self.num_parameters
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a checkpoint: float32 weights and AdamW's two moments."""
+        return STATE_BYTES * self.num_trained
 
     def batch_flops(self, batch: Batch) -> float:
         """Operations of training on a batch, attention by the pairs it really computes.
@@ -121,7 +129,7 @@ def estimate(folder: str, *, config: Config, device: Device) -> Budget:
     num_adapter = _num_adapter_parameters(model, config)
     trained = num_adapter or num_parameters
     sizes = Sizes(trained=trained, **layers)
-    state = trained * 12  # weights and AdamW's two moments
+    state = STATE_BYTES * trained
     memory = partial(_memory_bytes, model_config, config, device, sizes=sizes, products=num_matmul)
     recomputed = _recomputed_layers(model_config.num_hidden_layers, config, device, memory=memory)
     keep = config.hardware.checkpoints.keep

@@ -27,23 +27,34 @@ from mediphi.strategies.whole import Ddp, OneDevice
 
 
 class Gpu(NamedTuple):
-    """A vendor's data sheet: bytes, dense bf16 FLOP/s, bytes per second of its memory."""
+    """A vendor's data sheet.
+
+    Attributes:
+        memory: bytes.
+        bf16_flops: dense bfloat16 FLOP/s.
+        bandwidth: bytes a second of its memory.
+        pcie: bytes a second to the machine, each way.
+        nvlink: bytes a second to the GPUs beside it, each way; 0: over PCIe.
+    """
 
     memory: float
     bf16_flops: float
     bandwidth: float
+    pcie: float
+    nvlink: float = 0.0
 
 
 GPUS: dict[GpuName, Gpu] = {
-    "H200": Gpu(141e9, 989e12, 4.8e12),
-    "H100": Gpu(80e9, 989e12, 3.35e12),
-    "A100 80GB": Gpu(80e9, 312e12, 2.0e12),
-    "A100": Gpu(40e9, 312e12, 1.56e12),
-    "L40S": Gpu(48e9, 362e12, 0.86e12),
-    "A10": Gpu(24e9, 125e12, 0.6e12),
-    "RTX 4090": Gpu(24e9, 165e12, 1.01e12),
+    "H200": Gpu(141e9, 989e12, 4.8e12, pcie=64e9, nvlink=450e9),
+    "H100": Gpu(80e9, 989e12, 3.35e12, pcie=64e9, nvlink=450e9),
+    "A100 80GB": Gpu(80e9, 312e12, 2.0e12, pcie=32e9, nvlink=300e9),
+    "A100": Gpu(40e9, 312e12, 1.56e12, pcie=32e9, nvlink=300e9),
+    "L40S": Gpu(48e9, 362e12, 0.86e12, pcie=32e9),
+    "A10": Gpu(24e9, 125e12, 0.6e12, pcie=32e9),
+    "RTX 4090": Gpu(24e9, 165e12, 1.01e12, pcie=32e9),
 }
-"""The part of a device's name that tells it -> its numbers; the first that fits counts."""
+"""The part of a device's name that tells it -> its numbers, SXM modules' where there are such; the
+first that fits counts."""
 
 LOSS_CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}
 """Large products keep a GPU busy; few logits stay in a CPU's cache."""
@@ -117,12 +128,18 @@ def _absent(hardware: Hardware, *, shares_prompts: bool) -> Device:
             "hardware.planned_gpu=null: no GPU here to plan for; name one of "
             f"{', '.join(GPUS)}, as in hardware.planned_gpu={next(iter(GPUS))}"
         )
-    kernel = choose_kernel(hardware.attention, device_type="cuda", shares_prompts=shares_prompts)
+    precision = "bf16-mixed" if hardware.precision == "auto" else hardware.precision
     return Device(
         type="cuda",
         name=hardware.planned_gpu,
-        precision="bf16-mixed" if hardware.precision == "auto" else hardware.precision,
-        kernel=kernel,
+        precision=precision,
+        kernel=choose_kernel(
+            hardware.attention,
+            device_type="cuda",
+            shares_prompts=shares_prompts,
+            half=precision != "32-true",
+            is_here=False,
+        ),
         loss_chunk_tokens=hardware.loss_chunk_tokens or LOSS_CHUNK_TOKENS["cuda"],
         memory_bytes=GPUS[hardware.planned_gpu].memory,
         is_here=False,

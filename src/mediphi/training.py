@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from mediphi import engine, tracking
 from mediphi.artifacts import (
     check_data,
-    free_space,
     plain_folder,
     preflight_space,
     verified_parent,
@@ -78,7 +77,7 @@ def train(config: Config) -> RunResult:
         run = _set_up(config)
         if config.check_only:
             if rank() == 0:
-                show_plan(Planner(run), free_bytes=free_space(run.folder))
+                show_plan(Planner(run))
             return RunResult(None, run.folder)
         return _train(run)
 

@@ -29,7 +29,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
 def options(load: Load, **changes: Any) -> Any:
     measuring = load("measuring")
-    toy = measuring.Options(True, str(measuring.sides.TINY), 1.0, 2, ())
+    toy = measuring.Options(True, str(measuring.sides.TINY), measuring.Deadline(540), 2, ())
     return toy._replace(**changes)
 
 
@@ -105,6 +105,58 @@ def test_our_dpo_side_computes_the_loss_of_pairs_one_by_one(load: Load, tmp_path
     assert meter.pairs == len(task.documents) // task.steps and meter.reference.wall > 0
 
 
+@pytest.mark.parametrize("script", ["loss", "attention", "generation", "planner_memory"])
+def test_sides_that_the_deadline_leaves_no_time_for_are_told(load: Load, script: str):
+    late = options(load, deadline=load("measuring").Deadline(0))
+    lines = list(load(script).figures(late))
+    assert len(lines) > 1
+    for line in lines:
+        assert line["failure"] == "left out: its turn would not have ended within 0 s"
+        assert "wall_ratio" not in line and line["side"]
+
+
+def test_no_turn_begins_that_would_end_after_the_deadline(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+):
+    measuring, now = load("measuring"), [0.0]
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+
+    def side(seconds: float) -> Callable[[], None]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    deadline = measuring.Deadline(100)
+    calls = {"short": side(1), "long": side(20)}  # a call that warms up and one that counts
+    found = measuring.in_turns(calls, toy=False, deadline=deadline, repeat=1)
+    assert [len(costs) for costs in found.values()] == [3, 2] and now[0] <= 100
+    assert measuring.seconds_ratio(found["long"], []) == {}
+
+
+ANSWERS = """
+import json, sys, time
+for line in sys.stdin:
+    if sys.argv[1] == "hangs" and line == "time\\n":
+        time.sleep(60)
+    print(json.dumps([0.01, 0, 1, 1, 1, 1, [0.5], 0, 0, 0, 0, 0, [0, 0, 0]]), flush=True)
+"""
+
+
+def test_a_side_that_runs_at_the_deadline_is_killed_and_what_was_measured_counts(
+    load: Load, tmp_path: Path
+):
+    load("measuring")  # it knows where the CPU benchmarks are
+    turns, script = load("turns"), tmp_path / "answers.py"
+    script.write_text(ANSWERS)
+    found = turns.processes_in_turns(
+        ["ours", "hangs"], str(script), [], toy=False, deadline=turns.Deadline(3)
+    )
+    assert len(found["ours"].runs) == 1 and found["ours"].failure is None
+    assert found["hangs"].runs == [] and "within 3 s" in found["hangs"].failure
+    late = turns.processes_in_turns(
+        ["ours"], str(script), [], toy=False, deadline=turns.Deadline(0)
+    )
+    assert "left out" in late["ours"].failure
+
+
 def test_lines_replace_older_ones_of_the_same_name_only(load: Load, tmp_path: Path):
     measuring, path = load("measuring"), tmp_path / "gpu.jsonl"
 
@@ -115,6 +167,19 @@ def test_lines_replace_older_ones_of_the_same_name_only(load: Load, tmp_path: Pa
     measuring._keep([line("ours", 3)], path)
     kept = [json.loads(row) for row in path.read_text().splitlines()]
     assert kept == [line("torch", 2), line("ours", 3)]
+
+
+def test_what_was_planned_is_told_beside_what_a_run_has_taken(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+):
+    module = load("planner_memory")
+    line = next(iter(module.figures(options(load, only=("LoRA",), rows=1))))
+    assert line["side"] == "LoRA" and line["steps"] == module.STEPS and "failure" not in line
+    assert 0.05 < line["predicted_gib"] < 2 and line["used_gib"] > 0.05
+    ratio = line["predicted_gib"] / line["used_gib"]
+    assert line["ratio"] == pytest.approx(ratio, rel=0.05) and 0.5 < ratio < 2
+    on_a_gpu = {"allocated_gib", "reserved_gib"}
+    assert columns(module.RESULTS, monkeypatch) - on_a_gpu <= line.keys()
 
 
 def test_without_a_gpu_only_a_toy_run_starts():

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 STATE = Path(os.environ.get("FAKE_SLURM", "."))
@@ -95,7 +96,7 @@ def scontrol(arguments: list[str]) -> int:
 
 
 def srun(arguments: list[str]) -> int:
-    """A task a node, all of them here."""
+    """A task a node, all of them here; `$FAKE_SLURM_KILLS`: as Slurm's `KillOnBadExit=1`."""
     words = [a for a in arguments if a.startswith("--")]
     (nodes,) = [int(a.partition("=")[2]) for a in words if a.startswith("--nodes=")]
     command = arguments[len(words) :]
@@ -104,6 +105,11 @@ def srun(arguments: list[str]) -> int:
     places = [{"SLURM_NODEID": str(i), "SLURM_PROCID": str(i)} for i in range(nodes)]
     tasks = [subprocess.Popen(command, env=os.environ | step | place) for place in places]
     (STATE / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
+    if "FAKE_SLURM_KILLS" in os.environ:
+        while all(task.poll() in (None, 0) for task in tasks):
+            time.sleep(0.01)
+        for task in tasks:
+            task.terminate()  # nothing where it has ended
     return max(code if (code := task.wait()) >= 0 else 128 - code for task in tasks)
 
 

@@ -160,6 +160,45 @@ def test_of_an_array_only_the_job_itself_comes_back(cluster: Path) -> None:
     ]
 
 
+ENDS = """
+import os, pathlib, signal, sys, time
+code, after = sys.argv[1].split(",")[int(os.environ["SLURM_NODEID"])].split("@")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if after == "told":
+    pathlib.Path("ready").touch()
+    time.sleep(30)
+time.sleep(after == "late")
+while after == "ready" and not pathlib.Path("ready").exists():
+    time.sleep(0.01)
+sys.exit(int(code))
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "code", "comes_back"),
+    [
+        ("1@ready,0@told", 1, False),  # 143 of a node that is ended because another has failed
+        ("0@told,2@ready", 2, False),
+        ("143@ready,0@told", 143, True),
+        ("143@now,1@late", 143, True),  # told first, it ended before the other heard anything
+        ("143@now,143@now", 143, True),
+        ("1@now,1@now", 1, False),
+    ],
+)
+def test_the_first_nodes_end_counts_not_those_that_it_brings_about(
+    nodes: str, code: int, comes_back: bool, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "late" not in nodes:
+        monkeypatch.setenv("FAKE_SLURM_KILLS", "1")
+    (cluster / "ends.py").write_text(ENDS)
+    python = f"{sys.executable} -S {cluster / 'ends.py'} {nodes}"
+    job = replace(TOY, python=python, directory=cluster, num_nodes=2)
+    fake_slurm.keep(cluster, "7", batch_text(job, log=f"{cluster}/a $1 100%%.%j.log"))
+    assert fake_slurm.life(cluster, "7").wait(30) == code
+    assert ("scontrol requeue 7" in calls(cluster)) == comes_back
+    assert not list(cluster.glob("*.ended"))
+
+
 HEARS = """
 import pathlib, signal, sys, time
 heard = []

@@ -8,16 +8,28 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from composing import composed
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import write_small_folder
 from small_runs import set_up
 
+from mediphi.config import load
 from mediphi.engine import Device
 from mediphi.phases import Training
 from mediphi.planning.page import show_time
 from mediphi.planning.plan import Planner
-from mediphi.planning.speed import FACTORS, Factors, Rates, Work
+from mediphi.planning.speed import (
+    FACTORS,
+    GLOO,
+    NETWORK,
+    Factors,
+    Link,
+    Rates,
+    Work,
+    link_of,
+    rates_of,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 H100 = Device("cuda", "H100", "bf16-mixed", "varlen", 2048, 80e9, is_here=False)
@@ -47,9 +59,10 @@ def lines(fit: ModuleType) -> list[dict[str, Any]]:
 def test_a_plans_seconds_are_made_with_the_tables_factors(run: Training, precision: str):
     plan = Planner(replace(run, device=replace(run.device, precision=precision))).plan()
     assert plan.factors is FACTORS["cpu", precision]
-    seconds = [work.seconds(plan.rates, FACTORS["cpu", precision]) for work in plan.works]
+    seconds = [
+        work.seconds(plan.rates, FACTORS["cpu", precision], link=plan.link) for work in plan.works
+    ]
     assert plan.seconds == sum(seconds) and len(seconds) == len(run.phases)
-    assert all(work.operations > 0 for work in plan.works)
 
 
 def test_the_page_says_of_which_device_factors_were_measured(
@@ -57,7 +70,8 @@ def test_the_page_says_of_which_device_factors_were_measured(
 ):
     pages = {}
     for name, device in (("cpu", run.device), ("gpu", H100)):
-        show_time(Planner(replace(run, device=device)).plan(), device=device, num_devices=1)
+        plan = Planner(replace(run, device=device)).plan()
+        show_time(plan, device=device, config=run.config)
         pages[name] = capsys.readouterr().out
     assert "were reached by steps measured on a CPU" in pages["cpu"]
     assert "assumed" not in pages["cpu"]
@@ -73,18 +87,50 @@ def test_factors_of_a_gpu_do_not_claim_to_be_measured():
     }
 
 
+def test_of_several_processes_on_a_cpu_nothing_is_said_to_be_measured(
+    run: Training, capsys: pytest.CaptureFixture[str]
+):
+    several = Planner(run).changed({"hardware.devices": 2, "hardware.micro_batch": 1})
+    assert several is not None
+    show_time(Planner(several).plan(), device=several.device, config=several.config)
+    page = capsys.readouterr().out
+    assert "were reached by steps of one process measured on a CPU" in page
+    assert "2 processes send one another 1 GB/s each over gloo: assumed, and that they do" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "link", "rate"),
+    [
+        ("H100", 1, "NVLink", 300e9),
+        ("A100", 1, "NVLink", 200e9),
+        ("RTX 4090", 1, "PCIe", 64e9 / 3),
+        ("H100", 2, "the network between machines", NETWORK),
+        ("RTX 4090", 2, "PCIe", 64e9 / 3),  # slower than the network
+        ("CPU", 1, "gloo", GLOO),
+        ("CPU", 2, "gloo", GLOO),
+    ],
+)
+def test_devices_send_over_what_they_have(name: str, nodes: int, link: str, rate: float):
+    kind = "cpu" if name == "CPU" else "cuda"
+    device = replace(H100, type=kind, name=name, kernel="sdpa")
+    words = ("hardware=gpu8_ddp", f"hardware.num_nodes={nodes}", "stage.global_batch=64")
+    found = link_of(rates_of(device), config=load(composed(*words)))
+    assert found.name == link and found.rate == pytest.approx(rate)
+
+
 positive = st.floats(1e-3, 1e3)
 
 
-@given(positive, positive, positive)
-def test_products_traffic_and_operations_take_turns(
-    flops: float, traffic: float, operations: float
+@given(positive, positive, positive, positive)
+def test_products_and_traffic_take_turns_and_hide_what_is_sent(
+    flops: float, traffic: float, sent: float, offloaded: float
 ):
-    work = Work(flops=flops, traffic=traffic, sent=0, offloaded=0, operations=operations)
-    seconds = work.seconds(Rates(2.0, 4.0, ""), Factors(0.5, 0.25, 3.0, measured=True))
-    assert seconds == pytest.approx(flops + traffic + 3 * operations)
-    many = work.times(7).seconds(Rates(2.0, 4.0, ""), Factors(0.5, 0.25, 3.0, measured=True))
-    assert many == pytest.approx(7 * seconds)
+    link = Link("", 8.0)
+    work = Work(flops=flops, traffic=traffic, sent=sent, offloaded=offloaded)
+    rates, factors = Rates(2.0, 4.0, "", link, host=2.0), Factors(0.5, 0.25, measured=True)
+    seconds = work.seconds(rates, factors, link=link)
+    assert seconds == pytest.approx(max(flops + traffic, sent / 8) + offloaded / 2)
+    assert work.times(7).seconds(rates, factors, link=link) == pytest.approx(7 * seconds)
 
 
 # --- what benchmarks/planner_memory.py has measured
@@ -116,6 +162,14 @@ def test_recorded_predictions_are_those_of_the_constants(
     fit: ModuleType, lines: list[dict[str, Any]]
 ):
     assert fit.predicted(lines) == lines
+
+
+def test_the_ratio_of_speed_is_that_of_the_columns_beside_it(lines: list[dict[str, Any]]):
+    timed = [line for line in lines if line["figure"] == "planner speed"]
+    assert timed
+    for line in timed:
+        ratio = line["measured_tokens_per_s"] / line["predicted_tokens_per_s"]
+        assert line["measured_over_predicted"] == pytest.approx(ratio, rel=0.01)
 
 
 def test_at_least_six_configurations_had_no_part_in_the_constants(lines: list[dict[str, Any]]):

@@ -64,6 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": {"spec": {"recomputed_layers": 99}},
     "tied": {"model": "tied", "spec": PRETRAINED, "clip": 0.5},
     "lora": {"spec": {**PRETRAINED, "lora": Lora(rank=4)}, "sgd": False, "clip": 0.5},
+    "lora_bf16": {
+        "spec": {**PRETRAINED, "lora": Lora(rank=4)},
+        "sgd": False,
+        "clip": 0.5,
+        "precision": "bf16-mixed",
+    },
     "dpo": {"spec": PRETRAINED, "sgd": False, "clip": 0.5, "make": make_dpo_module},
     "bf16": {"spec": PRETRAINED, "sgd": False, "clip": 0.5, "precision": "bf16-mixed"},
     "saved": {"spec": PRETRAINED, "sgd": False, "clip": 0.5},

@@ -60,6 +60,7 @@ def two(place: Path, plain: Callable[[str], Results]) -> Results:
     plain("saved")
     cases = (
         *CASES,
+        "lora_bf16",
         "resumed:one-1",
         "resumed:zero3-2",
         "poisoned",
@@ -99,6 +100,23 @@ def test_two_processes_give_plain_trainings_numbers(
     assert all(tensor.dtype == torch.float32 for tensor in ours["weights"].values())
     assert not any(tensor.numel() for tensor in others["weights"].values())
     assert ours["norms"] == others["norms"] and ours["train"] == others["train"]
+
+
+def test_adapters_in_bf16_are_as_near_to_float32_as_those_of_plain_training(
+    two: Results, plain: Callable[[str], Results]
+):
+    """The difference is of rounding's size, alike in one process and two; its place is not known.
+
+    Measured: weights 6e-3 off, the norm of step five 1.4 %, the first two 2e-5; from float32 both
+    are 0.026 away. Weights kept or updated in bfloat16 would be further away than plain ones.
+    """
+    ours, exact = two["lora_bf16"][0], plain("lora")
+    theirs = plain("lora_bf16")
+    assert_same_training(ours, theirs, rounding=300)
+    assert ours["norms"][:2] == pytest.approx(theirs["norms"][:2], rel=1e-4)
+    off, plainly_off = (differs(run["weights"], exact["weights"]) for run in (ours, theirs))
+    assert off < 1.1 * plainly_off
+    assert all(tensor.dtype == torch.float32 for tensor in ours["weights"].values())
 
 
 @pytest.mark.parametrize("case", ["saved", "offloaded"])

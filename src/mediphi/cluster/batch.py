@@ -3,9 +3,14 @@
 One task a node starts torchrun, which starts a process per device. When the time is up, or the job
 is preempted, Slurm signals the tasks and not this script. So a task tells torchrun, which ends with
 143 once the state is saved, and the script puts the job back into the queue.
+
+srun ends with the highest code of its tasks, and where one fails it, or the cluster, may end the
+others by SIGTERM: then 143 is no order to stop. So the first task that does not end well writes its
+code beside the log, and that is the job's.
 """
 
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,6 +105,7 @@ def batch_text(job: Job, *, log: str) -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{_threads(job)}}}"',
         'export MEDIPHI_JOB="$SLURM_JOB_ID"  # in here the program trains instead of submitting',
+        f"export MEDIPHI_ENDED={_ended(log)}",
         *job.slurm.setup,
         "",
         _on_node(job),
@@ -116,11 +122,18 @@ def _threads(job: Job) -> str:
     return f"$(({count} > 0 ? {count} : 1))"
 
 
+def _ended(log: str) -> str:
+    """A word for bash: the file of a life's first bad exit code, beside the log."""
+    quoted = re.sub(r'([\\"$`])', r"\\\1", log.removesuffix(".log"))
+    places = (part.replace("%j", "$SLURM_JOB_ID") for part in quoted.split("%%"))
+    return f'"{"%".join(places)}.${{SLURM_RESTART_COUNT:-0}}.ended"'
+
+
 def _on_node(job: Job) -> str:
     return f"""\
 # Slurm may say more than once that the time is up; torchrun must hear it once.
 on_node() {{
-  local head torchrun
+  local head torchrun code
   head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   (
     trap '' USR1
@@ -130,6 +143,10 @@ on_node() {{
   trap 'trap "" USR1 TERM; kill -TERM "$torchrun"' USR1 TERM
   while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; done
   wait "$torchrun"
+  code=$?
+  # The first node's word counts: others are ended because of it. An existing file is not written.
+  [ "$code" -eq 0 ] || (set -o noclobber; echo "$code" >"$MEDIPHI_ENDED") 2>/dev/null
+  return "$code"
 }}
 """
 
@@ -140,9 +157,12 @@ def _main(job: Job) -> str:
     # Since Slurm 22.05 a step no longer takes its cores over from the job.
     step += [f"--cpus-per-task={cores}"] if cores else []
     return f"""\
+rm -f "$MEDIPHI_ENDED"
 srun --export=ALL {" ".join(step)} \\
   bash -c "$(declare -f on_node); on_node"
 code=$?
+[ "$code" -eq 0 ] || [ ! -s "$MEDIPHI_ENDED" ] || read -r code <"$MEDIPHI_ENDED"
+rm -f "$MEDIPHI_ENDED"
 # An array's number stands for all of its jobs.
 job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 # 143: told to stop. A job that was cancelled is COMPLETING by now, and must not come back.

@@ -35,7 +35,6 @@ class Footprint(Sizes):
         in_heap: of `passing_peak`, in blocks that glibc cuts out of its heap.
         weights_in_heap: bytes of weights in such blocks.
         traffic: bytes read and written by all operations of a micro-batch.
-        operations: how many these are.
     """
 
     peak: Peak
@@ -43,7 +42,6 @@ class Footprint(Sizes):
     in_heap: int
     weights_in_heap: int
     traffic: int
-    operations: int
 
 
 def dry_run(
@@ -78,7 +76,6 @@ def dry_run(
         in_heap=ledger.in_heap,
         weights_in_heap=sum(n for n in map(_nbytes, backbone.parameters()) if n < LARGEST_IN_HEAP),
         traffic=ledger.traffic,
-        operations=ledger.operations,
         trained=sum(p.numel() for p in step.trained),
         **layer_sizes(backbone),
     )

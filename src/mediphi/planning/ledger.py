@@ -48,7 +48,6 @@ class Ledger(TorchDispatchMode):
         passing_peak: bytes when those that a micro-batch needs for itself were most.
         in_heap: of these, bytes in blocks that glibc cuts out of its heap.
         traffic: bytes that all operations have read and written.
-        operations: how many there were.
     """
 
     def __init__(self) -> None:
@@ -57,7 +56,7 @@ class Ledger(TorchDispatchMode):
         self.alive: Peak = Counter()
         self.peak: Peak = Counter()
         self.passing_peak: Peak = Counter()
-        self.traffic = self.operations = self.in_heap = 0
+        self.traffic = self.in_heap = 0
         self._in_heap = self._start = 0
         self._uses: weakref.WeakKeyDictionary[Any, list[Use]] = weakref.WeakKeyDictionary()
 
@@ -66,7 +65,6 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else 0
-        self.operations += 1
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         is_new = [self._enter(tensor) for tensor in made]
@@ -90,7 +88,7 @@ class Ledger(TorchDispatchMode):
     def forget_peaks(self) -> None:
         """Start anew from what is alive now."""
         self.peak, self.passing_peak = Counter(), Counter()
-        self.traffic = self.operations = 0
+        self.traffic = 0
         self._start = self._in_heap
         self._compare()
 

@@ -1,9 +1,9 @@
-"""The plan of a run: memory of a rank, time, disk; and which change would make it fit."""
+"""The plan of a run, and of the same run with changes: memory of a rank, time."""
 
 import contextlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -20,13 +20,15 @@ from mediphi.engine import Device
 from mediphi.phases import PhasePlan, Training, plan_phases
 from mediphi.planning.dry_run import Footprint, dry_run
 from mediphi.planning.memory import Memory, memory_of
-from mediphi.planning.speed import FACTORS, Factors, Rates, Work, rates_of, work_of
+from mediphi.planning.speed import FACTORS, Factors, Link, Rates, Work, link_of, rates_of, work_of
 from mediphi.resources import free_memory
 from mediphi.stages import make_module
 from mediphi.strategies.memory import splits
 
 LOOKED_AT = 16
 """Micro-batches of a phase of which the largest is planned for; packed rows are alike."""
+RESERVE = 0.05
+"""Share of a device's memory: a plan that leaves less than that free fits closely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +38,45 @@ class Plan:
     Attributes:
         memory: of one rank.
         available: bytes of its device.
+        host: bytes that all ranks of a machine keep in its memory, offloaded.
+        host_free: bytes of that memory which are free; None: another machine is planned for.
         works: of all optimizer steps, a phase each.
         tokens: of all optimizer steps, of all ranks.
         footprint: of the micro-batch that memory is planned for.
         rates: of the device.
+        link: what it sends to the others over.
         factors: what of the rates is reached.
     """
 
     memory: Memory
     available: float
+    host: float
+    host_free: float | None
     works: tuple[Work, ...]
     tokens: int
     footprint: Footprint
     rates: Rates
+    link: Link
     factors: Factors
 
     @property
     def seconds(self) -> float:
         """Of all optimizer steps; start, exams and checkpoints apart."""
-        return sum(work.seconds(self.rates, self.factors) for work in self.works)
+        return sum(work.seconds(self.rates, self.factors, link=self.link) for work in self.works)
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.available
+        """The device's memory is enough, and the machine's as far as that is known."""
+        return self.memory.total <= self.available and self.host_fits
+
+    @property
+    def is_close(self) -> bool:
+        """Less than `RESERVE` of the device's memory stays free."""
+        return self.memory.total > (1 - RESERVE) * self.available
+
+    @property
+    def host_fits(self) -> bool:
+        return self.host_free is None or self.host <= self.host_free
 
 
 Change = Mapping[str, Any]
@@ -72,6 +90,7 @@ class Planner:
         self.run = run
         self._rates: Rates | None = None
         self._footprints: dict[tuple[object, ...], Footprint] = {}
+        self._phases: dict[tuple[object, ...], tuple[PhasePlan, ...]] = {}
 
     def plan(self, run: Training | None = None) -> Plan:
         run = self.run if run is None else run
@@ -80,27 +99,19 @@ class Planner:
         phase, batch = max(plans, key=lambda found: _size(found[1]))
         footprint = self._footprint(run, phase, batch)
         works = (_work(run, p, batch, footprint).times(p.num_steps) for p in run.phases)
+        memory = memory_of(footprint, config=run.config, device=run.device)
         return Plan(
-            memory=memory_of(footprint, config=run.config, device=run.device),
+            memory=memory,
             available=available_memory(run.device, config=run.config),
+            host=run.config.hardware.devices * sum(memory.host.values()),
+            host_free=free_memory() if run.device.is_here else None,
             works=tuple(works),
             tokens=sum(plan.data.train_plan.num_tokens for plan in run.phases),
             footprint=footprint,
             rates=self._rates,
+            link=link_of(self._rates, config=run.config),
             factors=FACTORS[run.device.type, run.device.precision],
         )
-
-    def fitting_change(self) -> Change | None:
-        """The cheapest single change that makes it fit; else the cheapest all together; or None."""
-        found = list(changes(self.run.config, recomputes_all=recomputed_share(self.run) == 1))
-        together: dict[str, Any] = {}
-        for change in found:
-            together |= change
-        for change in (*found, together):
-            changed = self.changed(change)
-            if changed is not None and self.plan(changed).fits:
-                return change
-        return None
 
     def changed(self, change: Change) -> Training | None:
         """The run with other hardware or adapters; None where that cannot be."""
@@ -109,9 +120,16 @@ class Planner:
         if config is None:
             return None
         budget = estimate(planned_folder(run), config=config, device=run.device)
-        with contextlib.redirect_stdout(io.StringIO()):  # it has been told
-            phases = plan_phases(config, data=run.data, model_config=budget.model_config)
+        phases = self._phases_of(config, budget)
         return replace(run, config=config, phases=phases, budget=budget)
+
+    def _phases_of(self, config: Config, budget: Budget) -> tuple[PhasePlan, ...]:
+        key = (config.hardware.micro_batch, config.world_size, config.stage.model_dump_json())
+        if key not in self._phases:
+            with contextlib.redirect_stdout(io.StringIO()):  # it has been told
+                found = plan_phases(config, data=self.run.data, model_config=budget.model_config)
+            self._phases[key] = found
+        return self._phases[key]
 
     def _footprint(self, run: Training, phase: PhasePlan, batch: Batch) -> Footprint:
         hardware, stage = run.config.hardware, run.config.stage
@@ -129,27 +147,6 @@ class Planner:
 
             self._footprints[key] = dry_run(make, batch, mixed=mixed, accumulates=accumulates)
         return self._footprints[key]
-
-
-def changes(config: Config, *, recomputes_all: bool) -> Iterator[Change]:
-    """What lowers memory, the cheapest first; none changes the result, but for adapters."""
-    hardware, stage = config.hardware, config.stage
-    size = hardware.micro_batch
-    while size > 1:
-        size = next(n for n in range(size - 1, 0, -1) if hardware.micro_batch % n == 0)
-        yield {"hardware.micro_batch": size}
-    if not recomputes_all:
-        yield {"hardware.activation_checkpointing": True}
-    for_split: dict[str, Any] = {"hardware.compile": False} if hardware.compile else {}
-    if isinstance(stage, DpoStage) and stage.reference == "live":
-        yield (cached := {"stage.reference": "cached"})
-        for_split |= cached
-    if config.world_size > 1 and not splits(hardware.strategy):
-        yield {"hardware.strategy": "fsdp2", **for_split}
-    if config.world_size > 1 and not hardware.offload:
-        yield {"hardware.strategy": "zero3", "hardware.offload": True, **for_split}
-    if isinstance(stage, ChatStage) and stage.lora is None:
-        yield {"stage.lora.rank": Lora().rank}
 
 
 def recomputed_share(run: Training) -> float:
@@ -209,7 +206,6 @@ def _work(run: Training, plan: PhasePlan, batch: Batch, footprint: Footprint) ->
     return work_of(
         flops=budget.batch_flops(batch) * share,
         traffic=footprint.traffic * share,
-        operations=footprint.operations,
         budget=budget,
         recomputed_share=recomputed_share(run),
         config=run.config,

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,10 +12,14 @@ from mediphi.config.schema import Config
 from mediphi.engine import Device
 from mediphi.strategies.memory import FLOAT32, splits
 
-LINK = 300e9
-"""Bytes a second between GPUs of one machine (NVLink), in use: assumed."""
-HOST_LINK = 40e9
-"""Bytes a second between a GPU and the machine's memory (PCIe 5), in use: assumed."""
+LINK_SHARE = 2 / 3
+"""Of what a data sheet gives a link, what is reached: assumed."""
+UNKNOWN_PCIE = 32e9
+"""Bytes a second of a GPU without a data sheet here: PCIe 4."""
+NETWORK = 50e9
+"""Bytes a second of each GPU to those of other machines (InfiniBand NDR, a port a GPU): assumed."""
+GLOO = 1e9
+"""Bytes a second of each process that sends through gloo, in a machine or between: assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +29,19 @@ class Factors:
     Attributes:
         products: share of the peak FLOP/s; a fit's, so that it may be a little above 1.
         traffic: share of the memory's bandwidth.
-        operation: seconds that an operation takes before any work is done.
         measured: else assumed.
     """
 
     products: float
     traffic: float
-    operation: float
     measured: bool
 
 
-ASSUMED = Factors(0.7, 0.8, 0.0, measured=False)
+ASSUMED = Factors(0.7, 0.8, measured=False)
 """A GPU's, until `benchmarks/gpu` has run."""
 FACTORS = {
-    ("cpu", "bf16-mixed"): Factors(0.933, 0.244, 0.0, measured=True),
-    ("cpu", "32-true"): Factors(1.158, 0.244, 0.0, measured=True),
+    ("cpu", "bf16-mixed"): Factors(0.933, 0.244, measured=True),
+    ("cpu", "32-true"): Factors(1.158, 0.244, measured=True),
     ("cuda", "bf16-mixed"): ASSUMED,
     ("cuda", "32-true"): ASSUMED,
 }
@@ -46,13 +49,30 @@ FACTORS = {
 of benchmarks/results/planner_memory.jsonl that say `fitted`."""
 
 
+class Link(NamedTuple):
+    """What devices send one another over; bytes a second of each, in use."""
+
+    name: str
+    rate: float
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """FLOP/s of a large product, bytes a second of the memory; `source` says where from."""
+    """What a device can do.
+
+    Attributes:
+        flops: FLOP/s of a large product.
+        bandwidth: bytes a second of the memory.
+        source: where these are from.
+        link: to the devices of the same machine, in use.
+        host: bytes a second to the machine's memory, in use.
+    """
 
     flops: float
     bandwidth: float
     source: str
+    link: Link
+    host: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +84,27 @@ class Work:
         traffic: bytes that all operations read and write.
         sent: bytes between devices.
         offloaded: bytes between device and host.
-        operations: PyTorch's, of any size.
     """
 
     flops: float
     traffic: float
     sent: float
     offloaded: float
-    operations: float
 
     def times(self, steps: int) -> "Work":
         return Work(*(steps * amount for amount in astuple(self)))
 
-    def seconds(self, rates: Rates, factors: Factors) -> float:
+    def seconds(self, rates: Rates, factors: Factors, *, link: Link) -> float:
         """Products and memory in turns; what is sent hides behind them as far as it can."""
         computed = self.flops / (rates.flops * factors.products)
         moved = self.traffic / (rates.bandwidth * factors.traffic)
-        busy = computed + moved + self.operations * factors.operation
-        return max(busy, self.sent / LINK) + self.offloaded / HOST_LINK
+        return max(computed + moved, self.sent / link.rate) + self.offloaded / rates.host
 
 
 def work_of(
     *,
     flops: float,
     traffic: float,
-    operations: int,
     budget: Budget,
     recomputed_share: float,
     config: Config,
@@ -98,7 +114,6 @@ def work_of(
     Args:
         flops: of a micro-batch without recomputation.
         traffic: bytes of a micro-batch.
-        operations: of a micro-batch.
         recomputed_share: of the layers.
     """
     hardware, times = config.hardware, config.accumulate
@@ -114,17 +129,29 @@ def work_of(
         offloaded = FLOAT32 * share * (times * 2 * num_parameters + (times + 1) * num_trained)
     adamw = 28.0 * num_trained / (config.world_size if splits(hardware.strategy) else 1)
     traffic = traffic * times + adamw
-    return Work(flops * recomputed * times, traffic, sent, offloaded, operations * times)
+    return Work(flops * recomputed * times, traffic, sent, offloaded)
 
 
 def rates_of(device: Device) -> Rates:
-    """The data sheet's for a known GPU, else measured here in under a second."""
+    """The data sheet's for a known GPU, else measured here in under a second; links' assumed."""
     sheet = engine.data_sheet(device.name) if device.type == "cuda" else None
     if sheet is not None:
         flops = sheet.bf16_flops if device.precision == "bf16-mixed" else sheet.bf16_flops / 16
-        return Rates(flops, sheet.bandwidth, "data sheet")
-    fastest = max(engine.peak_flops(device) for _ in range(3))
-    return Rates(fastest, _bandwidth(device), "measured now")
+        own = Link("NVLink", sheet.nvlink) if sheet.nvlink else Link("PCIe", sheet.pcie)
+        link = own._replace(rate=LINK_SHARE * own.rate)
+        return Rates(flops, sheet.bandwidth, "data sheet", link, LINK_SHARE * sheet.pcie)
+    fastest, bandwidth = max(engine.peak_flops(device) for _ in range(3)), _bandwidth(device)
+    if device.type == "cpu":  # its own memory is the host's
+        return Rates(fastest, bandwidth, "measured now", Link("gloo", GLOO), bandwidth)
+    pcie = LINK_SHARE * UNKNOWN_PCIE
+    return Rates(fastest, bandwidth, "measured now", Link("PCIe", pcie), pcie)
+
+
+def link_of(rates: Rates, *, config: Config) -> Link:
+    """The slowest that a step's sending passes: between machines the network."""
+    if config.hardware.num_nodes == 1 or rates.link.rate <= NETWORK:
+        return rates.link
+    return Link("the network between machines", NETWORK)
 
 
 def _bandwidth(device: Device) -> float:
