@@ -100,7 +100,7 @@ def theirs(text: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch)
     own=st.one_of(st.none(), plain, conditionals(), layered()),
     factor=st.one_of(numbers, gradients, layered()),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_tensor_gets_the_values_that_mergekit_gives_it(
     folders: dict[str, Path], weight: Any, own: Any, factor: Any
 ) -> None:
@@ -135,7 +135,7 @@ def test_every_tensor_gets_the_values_that_mergekit_gives_it(
 
 
 @given(weight=st.one_of(plain, conditionals(), layered()), own=st.one_of(plain, conditionals()))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_written_file_is_read_as_the_same_merge(
     tmp_path_factory: pytest.TempPathFactory, weight: Any, own: Any
 ) -> None:
