@@ -15,6 +15,7 @@ from mediphi.backbone import load_tokenizer
 from mediphi.engine import Device
 from mediphi.errors import UserError
 from mediphi.evaluate.multiple_choice import baselines, encode, padded_logps, score
+from mediphi.evaluate.scores import Scored
 from mediphi.fitness import (
     EncodedSets,
     Progress,
@@ -251,3 +252,8 @@ def test_baselines_of_rules_that_know_nothing():
     )
     with pytest.raises(ValueError, match="no questions"):
         baselines([])
+
+
+def test_a_stopped_scoring_is_estimated_from_the_sets_that_have_an_answer() -> None:
+    one = Scored("q", "long", 1.0, 0.25)
+    assert SetScores({"long": [one], "short": []}, is_complete=False).fitness == 1.0

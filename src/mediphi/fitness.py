@@ -90,8 +90,9 @@ class SetScores(NamedTuple):
 
     @property
     def fitness(self) -> float:
-        """Mean over the sets of their accuracies, every set alike whatever its size."""
-        return fmean(fmean(one.score for one in own) for own in self.scored.values())
+        """Mean over the sets of their accuracies, every set alike whatever its size; of those that
+        have an answer, where the scoring was stopped."""
+        return fmean(fmean(one.score for one in own) for own in self.scored.values() if own)
 
 
 def encode_sets(

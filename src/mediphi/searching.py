@@ -6,6 +6,7 @@ comes the manifest. Every step looks there first.
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from hashlib import sha256
@@ -80,6 +81,8 @@ def search_merge(config: Config) -> RunResult:
     engine.limit_threads(config.hardware)
     sources, space = find_sources(merge), _space(stage, merge)
     open_parents(job_of(config, merge, sources))  # refuses before texts are read and runs logged
+    if stage.layer_groups > (most := num_layers_of(sources)):
+        raise UserError(f"stage.layer_groups={stage.layer_groups}: the models have {most} layers")
     sets = build_sets(validation, seed=config.seed)
     if config.check_only:
         show_plan(config, merge, sources)
@@ -117,15 +120,30 @@ def _sections(config: Config) -> tuple[SearchStage, Merge, Validation]:
 def _space(stage: SearchStage, merge: Merge) -> Space:
     assert merge.method is not None
     known = METHODS[merge.method].parameters
-    moved = stage.searched or stage.grid or [own.name for own in known if own.searched]
+    gridded = [re.split("[/@]", name)[0] for name in stage.grid]
+    moved = stage.searched or gridded or [own.name for own in known if own.searched]
     options = SpaceOptions(
         searched=moved,
         fixed={own.name: _stand_in(own, merge) for own in known if own.name not in moved},
         bounds=stage.bounds,
         shared=stage.one_for_all,
+        start=_start(merge),
         num_layer_groups=stage.layer_groups,
     )
     return Space(merge.method, list(merge.models), options)
+
+
+def _start(merge: Merge) -> dict[str, float]:
+    """The merge's own plain numbers, by parameter and by parameter and model."""
+    found: dict[str, object] = dict(merge.parameters)
+    for name, model in merge.models.items():
+        own = merge.parameters | model.parameters
+        found |= {f"{parameter}/{name}": value for parameter, value in own.items()}
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _stand_in(parameter: Parameter, merge: Merge) -> float | bool:
@@ -136,7 +154,8 @@ def _stand_in(parameter: Parameter, merge: Merge) -> float | bool:
 
 
 def _tell(space: Space, sets: list[ValidationSet], stage: SearchStage) -> None:
-    budget = f"{_evaluations(stage):,} candidates"
+    most = _evaluations(stage, space)
+    budget = f"{most:,} candidate{'s' * (most > 1)}"
     if stage.minutes is not None:
         budget += f" or {stage.minutes:g} minutes"
     print(f"search      {stage.strategy}, {len(space.coordinates)} coordinates, {budget}")
@@ -144,11 +163,12 @@ def _tell(space: Space, sets: list[ValidationSet], stage: SearchStage) -> None:
         print(f"validation  {one.name}: {len(one.search)} questions, {len(one.holdout)} held out")
 
 
-def _evaluations(stage: SearchStage) -> int:
-    """At most; a grid has no more than its combinations."""
+def _evaluations(stage: SearchStage, space: Space) -> int:
+    """At most; a grid has no more than its combinations, one axis for every coordinate."""
     if stage.strategy != "grid":
         return stage.evaluations
-    return min(stage.evaluations, math.prod(map(len, stage.grid.values())))
+    axes = (stage.grid.get(c.name, stage.grid.get(c.parameter, ())) for c in space.coordinates)
+    return min(stage.evaluations, math.prod(map(len, axes)))
 
 
 def _identity(config: Config, sources: Sources, fingerprint: str) -> str:
@@ -173,7 +193,7 @@ def _found(
         seed=config.seed,
         sigma=stage.sigma,
         population=stage.population,
-        num_evaluations=_evaluations(stage),
+        num_evaluations=_evaluations(stage, space),
         minutes=stage.minutes,
         grid=stage.grid,
         risk=EARLY_STOP_RISK if stage.early_stop else None,

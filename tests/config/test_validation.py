@@ -18,10 +18,10 @@ TEXT = {"kind": "jsonl", "path": "notes.jsonl", "licence": LICENCE}
 
 
 def plain(path: Path) -> dict[str, Any]:
-    """A file without Hydra's part of it."""
+    """A file without what Hydra adds to it: the corpus."""
     content = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items() if key != "defaults"}
+    return {str(key): value for key, value in content.items() if key not in ("defaults", "corpus")}
 
 
 def read(content: Any) -> Validation:
@@ -64,7 +64,7 @@ def test_a_test_split_is_refused_in_one_line(keys: dict[str, str], fault: str) -
 
 TEST_NAMES = """
 test.jsonl medqa_test.jsonl.gz a/TestSet-1.csv test_ground_truth.json test/x.jsonl testset/x.jsonl
-MTS-Dialog-TestSet-2.csv test x-testing.jsonl
+MTS-Dialog-TestSet-2.csv test x-testing.jsonl MedQATest.jsonl medqaTestSet.jsonl
 """
 
 

@@ -189,6 +189,37 @@ def test_the_papers_shares_of_slerp_are_a_grid(
     assert recipe["parameters"]["t"] == winner_of(run.run_dir)["genome"]["t"]
 
 
+def test_a_grid_goes_over_every_models_values(near: Place, models: Models, questions: Path) -> None:
+    grid = ["stage.strategy=grid", "stage.grid.weight=[0.2,0.9]"]
+    command = ["stage=search", "merge=ties", *models.of(), *asking(questions), *grid]
+    run = run_of(near, command)
+    genomes = [one["genome"] for one in ledger(run.run_dir)[1:]]
+    assert sorted(tuple(one.values()) for one in genomes) == [
+        (0.2, 0.2),
+        (0.2, 0.9),
+        (0.9, 0.2),
+        (0.9, 0.9),
+    ]
+
+
+def test_a_greedy_soup_is_a_search(near: Place, models: Models, questions: Path) -> None:
+    command = ["stage=search", "merge=linear", *models.of(), *asking(questions)]
+    run = run_of(near, [*command, "stage.strategy=greedy"])
+    records = ledger(run.run_dir)[1:]
+    assert [tuple(one["genome"].values()) for one in records] == [(1, 0), (0, 1), (1, 1)]
+
+
+def test_a_search_begins_at_the_merges_numbers(
+    near: Place, models: Models, questions: Path
+) -> None:
+    own = ["merge.parameters.density=0.3", "merge.models.a.parameters.weight=0.77"]
+    run = run_of(near, models.search(questions, *own, "stage.sigma=0.0001"))
+    for record in ledger(run.run_dir)[1:5]:
+        genome = record["genome"]
+        assert genome["weight/a"] == pytest.approx(0.77, abs=0.01)
+        assert genome["density/b"] == pytest.approx(0.3, abs=0.01)
+
+
 def test_early_stop_finds_the_same_winner(near: Place, models: Models, tmp_path: Path) -> None:
     """Where draws do not depend on scores; long questions need more than one pass."""
     asked = write_questions(tmp_path / "long.jsonl", num_words=150)

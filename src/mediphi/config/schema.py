@@ -4,6 +4,7 @@ Who owns a number: `stage` what changes the *result*, `hardware` what changes on
 memory*. Accumulation is derived from both and must come out whole.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -282,7 +283,8 @@ def _broken_search(stage: SearchStage, merge: Merge) -> Iterator[BrokenRule]:
     }
     for key, names in lists.items():
         for name in names:
-            if name not in numbers:
+            parameter = re.split("[/@]", name)[0] if key == "grid" else name
+            if parameter not in numbers:
                 at = f"{key}.{name}" if isinstance(names, dict) else key
                 yield BrokenRule(f"stage.{at}", f"unknown parameter {name}; {told}")
     for name, (low, high) in stage.bounds.items():
@@ -295,5 +297,7 @@ def _broken_search(stage: SearchStage, merge: Merge) -> Iterator[BrokenRule]:
             )
     if stage.strategy == "grid" and not stage.grid:
         yield BrokenRule("stage.grid", "strategy=grid needs values: stage.grid.t=[0.1,0.25,0.5]")
+    if stage.strategy == "greedy" and method.name != "linear":
+        yield BrokenRule("stage.strategy", "greedy makes a soup: merge=linear")
     if stage.strategy != "grid" and stage.grid:
         yield BrokenRule("stage.grid", f"strategy={stage.strategy} has none; grid has")

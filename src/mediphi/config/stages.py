@@ -214,8 +214,9 @@ class SearchStage(Strict):
     """
 
     kind: Literal["search"]
-    strategy: Literal["cmaes", "grid", "random"] = "cmaes"
-    """CMA-ES (Hansen 2016); every combination of `grid`; or draws within the bounds."""
+    strategy: Literal["cmaes", "grid", "random", "greedy"] = "cmaes"
+    """CMA-ES (Hansen 2016); every combination of `grid`; draws within the bounds; or the greedy
+    soup of merge=linear (Wortsman et al. 2022), which takes models one by one."""
     evaluations: PositiveInt = 500
     """Candidates that are scored at most."""
     minutes: PositiveFloat | None = None
@@ -229,7 +230,8 @@ class SearchStage(Strict):
     bounds: dict[str, tuple[float, float]] = Field(default={})
     """Other bounds than the table's, by parameter."""
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default={})
-    """Values of each searched parameter, for `strategy=grid`."""
+    """Values of each searched parameter, or coordinate (`t`, `weight/medcode`), for
+    `strategy=grid`."""
     one_for_all: tuple[str, ...] = ()
     """Parameters that all models share one value of."""
     layer_groups: PositiveInt = 1

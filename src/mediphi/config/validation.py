@@ -11,7 +11,9 @@ from mediphi.config.strict import BrokenRule, Strict
 from mediphi.records import Difficulty
 
 TEST_REFUSED = "searching against a test split is refused; take training or validation items"
-_TEST_NAME = re.compile(r"(?:^|[^a-z])test(?:set|ing|data)?(?:[^a-z]|$)", re.IGNORECASE)
+_TEST_NAME = re.compile(
+    r"(?i:(?:^|[^a-z])test(?:set|ing|data)?(?:[^a-z]|$))|[A-Za-z0-9]Test(?:Set)?(?![a-z])"
+)
 
 
 def names_a_test_split(path: str) -> bool:

@@ -193,3 +193,38 @@ def test_a_file_of_signals_in_the_working_directory_is_not_read(
     assert history(beside.records) == history(alone.records)
     there = {path.name for path in tmp_path.iterdir()}
     assert there == {"cma_signals.in", "alone.jsonl", "beside.jsonl"}
+
+
+SOUP = Space("linear", ("a", "b", "c", "d"))
+
+
+def soup_fitness(genome: Genome, hopeless: Hopeless | None = None) -> Evaluation:
+    """A mean of errors that cancel: b and d together are better than either, a spoils them."""
+    errors = {"a": 0.9, "b": 0.2, "c": -0.8, "d": -0.3}
+    taken = [errors[name.partition("/")[2]] for name, weight in genome.items() if weight == 1]
+    assert taken and set(genome.values()) <= {0.0, 1.0}
+    return Evaluation(-abs(sum(taken) / len(taken)))
+
+
+def test_the_greedy_soup_takes_a_model_where_the_mean_is_no_worse(tmp_path: Path) -> None:
+    """By hand: b -0.2, d -0.3, c -0.8, a -0.9 alone; b+d 0.05; with c worse; with a worse."""
+    settings = SearchSettings(strategy="greedy")
+    result = toy_search(
+        tmp_path / "s.jsonl", space=SOUP, fitness=soup_fitness, settings=settings, holdout=None
+    )
+    assert len(result.records) == 4 + 3 and result.ended == "exhausted"
+    assert result.winner.genome == {"weight/a": 0, "weight/b": 1, "weight/c": 0, "weight/d": 1}
+    assert result.winner.fitness == pytest.approx(-0.05)
+
+
+def test_the_greedy_soup_needs_one_weight_of_every_model(tmp_path: Path) -> None:
+    settings = SearchSettings(strategy="greedy")
+    with pytest.raises(UserError, match="take merge=linear"):
+        toy_search(tmp_path / "s.jsonl", space=SPACE, fitness=hill, settings=settings)
+
+
+def test_a_search_begins_where_it_is_told_to() -> None:
+    options = SpaceOptions(start={"weight/b": 0.77, "lambda": 9.0})
+    space = Space("breadcrumbs", ("a", "b"), options)
+    start = space.decode(space.start)
+    assert (start["weight/a"], start["weight/b"], start["lambda"]) == (0.5, 0.77, 1.5)

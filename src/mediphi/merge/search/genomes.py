@@ -16,6 +16,7 @@ def merge_of(merge: Merge, space: Space, genome: Genome, *, num_layers: int) -> 
         if not parameter.per_model:
             shared[parameter.name] = _setting(values, num_layers)  # type: ignore[arg-type]
             continue
+        shared.pop(parameter.name, None)  # every model has its own now
         for place, name in enumerate(space.models):
             own = [of_models[place] for of_models in values]  # type: ignore[index]
             settings = models[name].parameters | {parameter.name: _setting(own, num_layers)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from mediphi.errors import UserError
 from mediphi.merge.search.space import Space
-from mediphi.merge.search.strategies import Cmaes, Grid, Random, Strategy, StrategyName
+from mediphi.merge.search.strategies import Cmaes, GreedySoup, Grid, Random, Strategy, StrategyName
 
 DEFAULT_POPULATION = 16
 """Of the random strategy, where it changes nothing but the numbers of generations."""
@@ -53,6 +53,8 @@ def make_strategy(space: Space, settings: SearchSettings) -> Strategy:
         raise UserError(f"risk={settings.risk:g} must lie within [0, 1)")
     if settings.strategy == "grid":
         return Grid(space, settings.grid)
+    if settings.strategy == "greedy":
+        return GreedySoup(space)
     if settings.grid:
         raise UserError(f"a grid was given and strategy={settings.strategy}; set strategy=grid")
     if settings.num_evaluations is None and settings.minutes is None:

@@ -56,6 +56,8 @@ class SpaceOptions:
             the others keep their default.
         bounds: (low, high) in place of those in the table.
         shared: parameters of each model that get one value for all models.
+        start: where to begin, by coordinate without its layer group (`weight/pubmed`, `lambda`);
+            what is not named begins as in mergekit-evolve.
         num_layer_groups: 1: one value for all layers; more: a value for each group of consecutive
             layers.
         digits: decimal places of a genome's numbers.
@@ -65,6 +67,7 @@ class SpaceOptions:
     fixed: Mapping[str, Given] = field(default_factory=dict)
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     shared: Collection[str] = ()
+    start: Mapping[str, float] = field(default_factory=dict)
     num_layer_groups: int = 1
     digits: int = 4
 
@@ -102,8 +105,8 @@ class Space:
     def start(self) -> NDArray[np.float64]:
         """Where a search begins, `[coordinates]` in the unit cube.
 
-        As in mergekit-evolve: weights 1 over the number of models, other parameters their default,
-        1 where they have none; all brought within the bounds.
+        As the options say, else as in mergekit-evolve: weights 1 over the number of models, other
+        parameters their default, 1 where they have none; all brought within the bounds.
         """
         return self.encode({own.name: own.start for own in self.coordinates})
 
@@ -159,13 +162,12 @@ class Space:
         found = []
         for own in self.searched:
             low, high = _bounds(own, self.options)
-            start = 1 / len(self.models) if own.name == "weight" else own.default
-            start = min(max(1.0 if start is None else float(start), low), high)
-            found += [
-                Coordinate(own.name, model, group, low, high, start)
-                for model in self._owners(own)
-                for group in groups
-            ]
+            begin = 1 / len(self.models) if own.name == "weight" else own.default
+            for model in self._owners(own):
+                name = own.name if model is None else f"{own.name}/{model}"
+                start = self.options.start.get(name, 1.0 if begin is None else float(begin))
+                start = min(max(start, low), high)
+                found += [Coordinate(own.name, model, group, low, high, start) for group in groups]
         return found
 
     def _value(self, own: Parameter, genome: Genome, group: int) -> Value:

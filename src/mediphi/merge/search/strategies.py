@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mediphi.errors import UserError
 from mediphi.merge.search.space import Space
 
-StrategyName = Literal["cmaes", "random", "grid"]
+StrategyName = Literal["cmaes", "random", "grid", "greedy"]
 Point = NDArray[np.float64]
 """`[coordinates]` in the unit cube."""
 
@@ -131,6 +131,48 @@ class Grid:
 
     def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
         """Nothing is learned."""
+
+
+class GreedySoup:
+    """Wortsman et al. 2022 (arXiv 2203.05482), recipe 1: which models a plain mean is made of.
+
+    Every model alone first; then, from the best on, each is taken where the mean with it is no
+    worse than without. A weight is 1 or 0, and the merge divides by their sum.
+
+    Raises:
+        UserError: the search moves anything but one weight of every model.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        if space.names != tuple(f"weight/{model}" for model in space.models):
+            raise UserError(
+                "strategy=greedy chooses models by their weights: take merge=linear, with "
+                f"stage.layer_groups=1; here the search moves {', '.join(space.names)}"
+            )
+        self._waiting: list[int] | None = None
+        self._taken: list[int] = []
+        self._best = -math.inf
+
+    def ask(self) -> list[Point]:
+        if self._waiting is None:
+            return [self._point([place]) for place in range(len(self._space.models))]
+        return [self._point([*self._taken, self._waiting[0]])] if self._waiting else []
+
+    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+        if self._waiting is None:
+            order = sorted(range(len(fitness)), key=lambda place: -fitness[place])
+            self._taken, self._waiting = order[:1], order[1:]
+            self._best = fitness[order[0]]
+            return
+        place = self._waiting.pop(0)
+        if fitness[0] >= self._best:
+            self._taken.append(place)
+            self._best = fitness[0]
+
+    def _point(self, places: Sequence[int]) -> Point:
+        chosen = (float(place in places) for place in range(len(self._space.names)))
+        return self._space.encode(dict(zip(self._space.names, chosen, strict=True)))
 
 
 def _axis(name: str, parameter: str, values: Mapping[str, Sequence[float]]) -> Sequence[float]:
