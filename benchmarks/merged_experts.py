@@ -90,15 +90,20 @@ def kinds(corpora: list[str]) -> dict[str, str]:
     return {"base": "pit", **experts, **slerped, "soup": "merge", "breadcrumbs": "search"}
 
 
-def run(runs: Path, name: str, overrides: list[str]) -> float:
-    """Start `train.py` and wait; SystemExit where it fails."""
+def run(runs: Path, name: str, overrides: list[str]) -> float | None:
+    """Start `train.py` and wait; seconds, None of a run that was done before.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    was_done = any(runs.glob(f"*/{name}/manifest.json"))
     command = ["train.py", *overrides, f"name={name}", f"paths.runs={runs}", *COMMON]
     print(f"$ python {shlex.join(command)}", flush=True)
     begun = time.monotonic()
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
-    return round(time.monotonic() - begun, 1)
+    return None if was_done else round(time.monotonic() - begun, 1)
 
 
 def score(models: dict[str, Path]) -> list[dict[str, Any]]:
@@ -148,7 +153,11 @@ def composed() -> Any:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a model, a column a set."""
     cells = [{"model": row["model"], **shown(row)} for row in rows]
-    lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(one.values()) for one in cells)]
+    lines = [
+        [name.replace("_", " ") for name in cells[0]],
+        ["---"] * len(cells[0]),
+        *(list(one.values()) for one in cells),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
