@@ -47,9 +47,9 @@ def write_merge_card(
         (
             f"{name} (the base)" if name == BASE else name,
             str(one),
-            sources.parents[name].sha256[:16]
+            f"{sources.parents[name].sha256[:16]} of its manifest"
             if name in sources.parents
-            else f"{sources.plain[name].sha256[:16]} of its files; {UNKNOWN}",
+            else f"{sources.plain[name].sha256[:16]} of its files, sampled; {UNKNOWN}",
         )
         for name, one in sources.folders.items()
     ]
@@ -61,7 +61,7 @@ def write_merge_card(
         f"Merged by {how}.\n",
         table(("", ""), list(facts.items())),
         "## Models\n",
-        table(("name", "folder", "sha256 of its manifest"), parents),
+        table(("name", "folder", "sha256"), parents),
         "## Licences of the data behind them\n",
         table(
             ("source", "licence", "terms"),

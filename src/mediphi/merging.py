@@ -15,12 +15,15 @@ from mediphi.announcement import announce
 from mediphi.artifacts import check_data, free_space, publish, write_atomic
 from mediphi.config import config_hash, run_dir
 from mediphi.config.merging import Merge
+from mediphi.config.methods import METHODS
 from mediphi.config.schema import Config
-from mediphi.errors import UserError
+from mediphi.errors import ConfigError, UserError
 from mediphi.launch import RunResult
-from mediphi.merge.checkpoints import read_json
+from mediphi.merge.checkpoints import open_checkpoint, read_json
 from mediphi.merge.engine import Job, MergeFacts, merge, open_parents
-from mediphi.merge.mergekit_yaml import read_mergekit, write_mergekit
+from mediphi.merge.headers import Header, read_header, with_header
+from mediphi.merge.mergekit_writing import write_mergekit
+from mediphi.merge.mergekit_yaml import read_mergekit
 from mediphi.merge.settings import values_of
 from mediphi.merge_card import Table, write_merge_card
 from mediphi.progress import BytesDone
@@ -50,6 +53,7 @@ def merge_models(config: Config) -> RunResult:
     started, folder = time.monotonic(), run_dir(config)
     recipe = read_recipe(config)
     text, sources = _text_and_sources(recipe)
+    check_settings(recipe, sources)
     if config.check_only:
         show_plan(config, recipe, sources)
         return RunResult(None, folder)
@@ -81,9 +85,12 @@ def read_recipe(config: Config) -> Merge:
     told = config.merge
     assert told is not None
     if told.config is None or told.backend == "mergekit":
+        _refuse_other_semantics(told)
         return told
     recipe = read_mergekit(Path(told.config))
-    chosen = {"semantics": told.semantics, "max_shard_gb": told.max_shard_gb}
+    _refuse_other_semantics(told)
+    semantics = recipe.header.semantics if recipe.header else told.semantics
+    chosen = {"semantics": semantics, "max_shard_gb": told.max_shard_gb}
     merged = recipe.merge.model_copy(
         update=chosen | ({} if told.dtype is None else {"dtype": told.dtype})
     )
@@ -95,6 +102,49 @@ def read_recipe(config: Config) -> Merge:
                 "for another number: merge.backend=mergekit"
             )
     return merged
+
+
+def header_of(told: Merge) -> Header | None:
+    """What the first line of the config's file says, where we wrote it.
+
+    Raises:
+        ConfigError: the file cannot be read, or the line is damaged.
+    """
+    if told.config is None:
+        return None
+    return read_header(read_recipe_text(told.config), told.config)
+
+
+def seed_of(config: Config) -> int:
+    """Of random masks: the one that the file was written with, else the config's."""
+    header = header_of(config.merge) if config.merge else None
+    return config.seed if header is None else header.seed
+
+
+def _refuse_other_semantics(told: Merge) -> None:
+    header = header_of(told)
+    wanted = {told.semantics} | ({header.semantics} if header else set())
+    if told.config is None or "paper" not in wanted:
+        return
+    if told.backend == "mergekit":
+        why = "semantics=paper: backend=mergekit has its own reading only"
+        raise ConfigError([f"{told.config}: {why}"])
+    if header and header.semantics != "paper":
+        why = "its first line says semantics=mergekit; remove the line for merge.semantics=paper"
+        raise ConfigError([f"{told.config}: {why}"])
+
+
+def check_settings(recipe: Merge, sources: Sources) -> None:
+    """Refuse settings that leave a tensor without a value, before the run begins.
+
+    Raises:
+        UserError: naming parameter and tensor; or a model folder is damaged.
+    """
+    if recipe.config is not None or recipe.method not in METHODS:
+        return  # mergekit's alone
+    values = values_of(recipe, num_layers=num_layers_of(sources))
+    for name in open_checkpoint(next(iter(sources.folders.values()))).tensors:
+        values(name)
 
 
 def num_layers_of(sources: Sources) -> int:
@@ -119,7 +169,7 @@ def job_of(config: Config, recipe: Merge, sources: Sources) -> Job:
         base=sources.base,
         models=sources.models,
         dtype=recipe.dtype,
-        seed=config.seed,
+        seed=seed_of(config),
         max_shard_bytes=int(recipe.max_shard_gb * 1e9),
         threads=config.hardware.num_threads or os.cpu_count() or 1,
         device="cuda" if wants_gpu(config) else "cpu",
@@ -165,17 +215,17 @@ def show_plan(config: Config, recipe: Merge, sources: Sources) -> None:
 def write_merge(config: Config, recipe: Merge, sources: Sources, *, text: str) -> MergeFacts:
     """Write the merged model to the run's model folder, which appears whole or not at all."""
     folder = run_dir(config)
-    if recipe.backend == "mergekit":
-        from mediphi.merge.by_mergekit import merge_by_mergekit
-
-        return merge_by_mergekit(
-            text,
-            scratch=folder / SCRATCH,
-            target=folder / MODEL,
-            seed=config.seed,
-            max_shard_bytes=int(recipe.max_shard_gb * 1e9),
-        )
     try:
+        if recipe.backend == "mergekit":
+            from mediphi.merge.by_mergekit import merge_by_mergekit
+
+            return merge_by_mergekit(
+                text,
+                scratch=folder / SCRATCH,
+                target=folder / MODEL,
+                seed=seed_of(config),
+                max_shard_bytes=int(recipe.max_shard_gb * 1e9),
+            )
         with BytesDone("merging") as progress:
             return merge(
                 job_of(config, recipe, sources),
@@ -191,7 +241,7 @@ def write_merge(config: Config, recipe: Merge, sources: Sources, *, text: str) -
 
 
 def recipe_text(recipe: Merge, sources: Sources) -> str:
-    """The merge in mergekit's YAML; what mergekit would do otherwise is told in a comment."""
+    """The merge in mergekit's YAML."""
     dtype = recipe.dtype or read_json(next(iter(sources.folders.values())) / "config.json").get(
         "dtype"
     )
@@ -228,11 +278,14 @@ def publish_merge(
         tables: of the model card.
     """
     folder, recipe, sources, facts = run_dir(config), merged.recipe, merged.sources, merged.facts
-    write_atomic(folder / RECIPE, merged.text)
     method = recipe.method or str(yaml.safe_load(merged.text)["merge_method"])
+    header = Header(recipe.semantics, seed_of(config))
+    text = with_header(merged.text, header, method=method)
+    write_atomic(folder / RECIPE, text)
     told = {
         "method": method,
-        "semantics": recipe.semantics,
+        "semantics": header.semantics,
+        "seed": header.seed,
         "parameters": f"{facts.num_parameters:,}",
         "tensors": f"{facts.num_tensors:,}",
         "stop ids": ", ".join(map(str, facts.stop_ids)),
@@ -241,7 +294,7 @@ def publish_merge(
     body = {**(metrics or nothing), "exams": {}}
     write_atomic(folder / "metrics.json", json.dumps(body, indent=1) + "\n")
     write_merge_card(
-        folder, method=method, sources=sources, recipe_yaml=merged.text, facts=told, tables=tables
+        folder, method=method, sources=sources, recipe_yaml=text, facts=told, tables=tables
     )
     publish(
         folder,

@@ -109,6 +109,7 @@ def test_folders_of_others_are_merged_too_and_their_licence_is_unknown(
     run = run_of(near, theirs.crumbs(f"merge.base={theirs.base}"))
     assert verify(run.run_dir)["parents"] == {}
     assert (run.run_dir / "README.md").read_text().count("licence unknown") == 4
+    assert (run.run_dir / "README.md").read_text().count(" of its files, sampled") == 3
     assert weights(run.run_dir) == weights(crumbs.run_dir)
 
 
@@ -281,6 +282,56 @@ def test_a_file_for_mergekit_alone_has_a_card_too(near: Place, models: Models) -
     card = (run.run_dir / "README.md").read_text()
     assert "# nuslerp of " in card and "None" not in card and "| method | nuslerp |" in card
     assert len(verify(run.run_dir)["parents"]) == 3
+
+
+def test_a_run_by_mergekit_killed_before_its_manifest_is_made_anew(
+    near: Place, models: Models
+) -> None:
+    command = models.slerp("merge.parameters.t=0.25", "merge.backend=mergekit")
+    assert near.run(*command, limit=_die_before_publishing).code == -signal.SIGKILL
+    before = tensors(near.run_dir("merge"))
+    ended = near.run(*command)
+    assert (ended.code, "Traceback" in ended.err) == (0, False), ended
+    verify(near.run_dir("merge"))
+    assert same(tensors(near.run_dir("merge")), before)
+
+
+def test_the_recipe_of_a_run_in_a_papers_reading_gives_the_same_model(
+    near: Place, models: Models
+) -> None:
+    """Signs elected by the paper's rule, and random masks: the file's first line knows both."""
+    experts = [f"{own}.parameters.weight={value}" for own, value in _weights()]
+    method = ["merge=dare_ties", "merge.parameters.density=0.5", "merge.semantics=paper", "seed=3"]
+    command = ["stage=merge", *models.of(), *method, *experts, *models.slerp()[3:]]
+    run = run_of(near, command)
+    text = (run.run_dir / "merge.yml").read_text()
+    assert text.startswith("# mediphi: semantics=paper seed=3 (mergekit would give other weights")
+    assert "| seed | 3 |" in (run.run_dir / "README.md").read_text()
+    recipe = near.folder / "recipe.yml"
+    recipe.write_text(text)
+    again = ["stage=merge", "merge=mergekit", f"merge.config={recipe}", "name=again"]
+    assert near.run(*again, "merge.backend=mergekit").code == 2
+    assert near.run(*again).code == 0
+    there = near.runs / "merge" / "again"
+    assert weights(there) == weights(run.run_dir)
+    assert (there / "merge.yml").read_text() == text
+    recipe.write_text(text.partition("\n")[2])  # without the line it is another model
+    assert near.run(*again, "on_existing=overwrite").code == 0
+    assert weights(there) != weights(run.run_dir)
+
+
+def _weights() -> list[tuple[str, float]]:
+    return [("merge.models.a", 0.8), ("merge.models.b", 0.4)]
+
+
+@pytest.mark.parametrize("backend", ["mediphi", "mergekit"])
+def test_a_uniform_soup_is_merged_by_both(backend: str, near: Place, models: Models) -> None:
+    command = ["stage=merge", "merge=uniform_soup", *models.of(), f"merge.backend={backend}"]
+    run = run_of(near, command)
+    a, b = tensors(models.a), tensors(models.b)
+    for name, merged in tensors(run.run_dir).items():
+        torch.testing.assert_close(merged, (a[name] + b[name]) / 2, rtol=0, atol=1e-6)
+    assert yaml.safe_load((run.run_dir / "merge.yml").read_text())["merge_method"] == "linear"
 
 
 @pytest.mark.parametrize("backend", ["mediphi", "mergekit"])
@@ -464,6 +515,28 @@ def test_an_input_is_refused_in_one_line_and_nothing_stays(
     for word in [*words, str(theirs.a)] if damage is not _opposite else words:
         assert word in said, said
     assert not near.runs.exists()
+
+
+def test_mergekits_result_that_is_not_finite_is_refused_and_nothing_stays(
+    near: Place, models: Models, tmp_path: Path
+) -> None:
+    theirs = plain(models, tmp_path / "theirs")
+    _nan(theirs.a)
+    ended = near.run(*theirs.slerp(f"merge.base={theirs.base}", "merge.backend=mergekit"))
+    assert ended.code == 2
+    assert f"{theirs.a}: tensor {NORM} holds numbers that are not finite" in ended.err
+    assert "Traceback" not in ended.err and not near.runs.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["check_only=true"]], ids=["run", "plan"])
+def test_a_setting_that_fits_no_tensor_is_refused_before_the_run(
+    more: list[str], near: Place, models: Models
+) -> None:
+    setting = "merge.parameters.t=[{filter:mlp,value:0.5}]"
+    ended = near.run(*models.slerp(setting, *more))
+    assert ended.code == 2
+    assert "merge.parameters.t: no entry fits lm_head.weight" in one_line(ended)
+    assert "run  " not in ended.out and not near.runs.exists()
 
 
 def test_a_resumed_merge_that_is_refused_leaves_nothing_like_a_model(

@@ -192,6 +192,15 @@ OTHER_TOKENIZERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "added_tokens": lambda t: t["added_tokens"][-1].update(content="<|other|>"),
     "normalizer": lambda t: t.update(normalizer={"type": "Lowercase"}),
     "pre_tokenizer": lambda t: t.update(pre_tokenizer={"type": "Whitespace"}),
+    "post_processor": lambda t: t.update(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+        }
+    ),
 }
 
 
@@ -218,11 +227,25 @@ def test_the_same_tokenizer_written_otherwise_agrees(pair: tuple[Path, Path]) ->
         pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
         content["model"]["merges"] = texts if merges != texts else pairs
         content["truncation"] = {"max_length": 5}
+        content["post_processor"] = {"type": "ByteLevel", "trim_offsets": False}
 
     a, b = pair
     change_tokenizer(b, rewrite)
     assert (a / "tokenizer.json").read_bytes() != (b / "tokenizer.json").read_bytes()
     assert agree(a, b) == []
+
+
+@pytest.mark.parametrize("flag", ["add_bos_token", "add_eos_token"])
+def test_a_token_that_only_one_adds_to_every_text(flag: str, pair: tuple[Path, Path]) -> None:
+    a, b = pair
+    change_json(a / "tokenizer_config.json", **{flag: False})
+    change_json(b / "tokenizer_config.json", **{flag: True})
+    line = f"tokenizer_config.json differs from that of a ({flag}); only models of one tokenizer "
+    assert refusal(a, b) == f"b: {line}can be merged"
+    (a / "tokenizer_config.json").unlink()
+    assert flag in refusal(a, b)
+    change_json(b / "tokenizer_config.json", **{flag: None})
+    assert agree(b, copied(b, b.parent / "c")) == []
 
 
 def test_no_tokenizer_beside_one(pair: tuple[Path, Path]) -> None:

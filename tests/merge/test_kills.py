@@ -1,6 +1,7 @@
 """A merge that is killed leaves no model and goes on; what it left is believed only if whole."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -136,6 +137,18 @@ def test_another_job_begins_anew(models: tuple[Path, Path], stopped: Path, tmp_p
     change_tensors(other, lambda tensors: tensors["model.norm.weight"].add_(1))
     facts = killed_merges.merged(models[0], other, stopped)
     assert facts.num_resumed == 0
+
+
+def test_a_model_whose_file_was_replaced_meanwhile_begins_anew(
+    models: tuple[Path, Path], stopped: Path, tmp_path: Path
+) -> None:
+    """Of large files a sample is hashed: what it misses, the file's time tells."""
+    other = copied(models[1], tmp_path / "other")
+    assert killed_merges.merged(models[0], other, copied(stopped, tmp_path / "one")).num_resumed
+    weights = other / "model.safetensors"
+    state = weights.stat()
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert killed_merges.merged(models[0], other, stopped).num_resumed == 0
 
 
 def test_a_published_merge_is_found_and_another_folder_left_alone(

@@ -177,6 +177,19 @@ def test_dare_at_density_one_is_mergekits_to_the_bit(method: str) -> None:
         assert distance(method, models((64, 256)), values) == 0
 
 
+def our_masks(shape: tuple[int, ...], density: float) -> list[Tensor]:
+    """Ones where DARE keeps a delta of each of three models."""
+    masks = []
+    for number in range(3):
+        ones = [torch.ones(shape) for _ in range(3)]
+        alone = tuple(float(number == other) for other in range(3))
+        values = {"weight": alone, "density": (density,) * 3, "rescale": False}
+        masks.append(ours("dare_linear", [torch.zeros(shape), *ones], True, values))
+        assert set(masks[-1].unique().tolist()) <= {0, 1}
+    assert 0 < sum(float(mask.mean()) for mask in masks) / 3 <= density + 0.3
+    return masks
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_with_our_mask_is_mergekits(
@@ -184,14 +197,7 @@ def test_dare_with_our_mask_is_mergekits(
 ) -> None:
     sparsify = pytest.importorskip("mergekit.sparsify")
     tensors, weight, density = models((64, 256)), (0.2, 0.5, 0.3), 0.4
-    masks = []
-    for number in range(3):
-        ones = [torch.ones(64, 256) for _ in range(3)]
-        alone = tuple(float(number == other) for other in range(3))
-        values = {"weight": alone, "density": (density,) * 3, "rescale": False}
-        masks.append(ours("dare_linear", [torch.zeros(64, 256), *ones], True, values))
-        assert masks[-1].unique().tolist() == [0, 1]
-    drawn = iter(masks)
+    drawn = iter(our_masks((64, 256), density))
     monkeypatch.setattr(sparsify.torch, "bernoulli", lambda _: next(drawn))
     values = {"weight": weight, "density": (density,) * 3, "rescale": rescale}
     assert distance(method, tensors, values) <= (RESCALED if rescale else 0)
@@ -242,6 +248,71 @@ def test_phi3_checkpoints_merge_as_with_mergekit(method: str, dtype: torch.dtype
             assert torch.equal(result, reference.to(dtype)), name
         else:  # norms of 32 elements
             assert distance(method, tensors, values, based) <= ODD_SIZED, name
+
+
+def checkpoints(seed: int) -> list[dict[str, Tensor]]:
+    """State dicts of a small Phi-3 and three experts; norms are no longer ones."""
+    generator = torch.Generator().manual_seed(seed)
+    state = small_model(vocab_size=128).state_dict()
+    base = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
+    return [base] + [
+        {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        for _ in range(3)
+    ]
+
+
+def summed_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    for weight in WEIGHTS:
+        yield "linear", {"weight": weight}
+        yield "task_arithmetic", {"weight": weight}
+        for density in (1.0, 0.3):
+            sparse = {"weight": weight, "density": (density,) * 3}
+            for method in ("ties", "dare_linear", "dare_ties"):
+                yield method, sparse
+            for gamma in (0.0, 0.01, 1.5):
+                for method in ("breadcrumbs", "breadcrumbs_ties"):
+                    yield method, {**sparse, "gamma": (gamma,) * 3}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("method", "values"), list(summed_cases()), ids=str)
+def test_whole_checkpoints_sum_as_with_mergekit(
+    method: str, values: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; norms of 32 elements and rescaled deltas by the order of a sum."""
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    models, random = checkpoints(seed), method.startswith("dare")
+    based = method != "linear"
+    for name in models[0]:
+        tensors = [model[name] for model in models[not based :]]
+        if random:
+            drawn = iter(our_masks(tuple(tensors[0].shape), values["density"][0]))
+            monkeypatch.setattr(sparsify.torch, "bernoulli", lambda _, own=drawn: next(own))
+        bound = RESCALED if random else 0 if tensors[0].numel() % 64 == 0 else ODD_SIZED
+        assert distance(method, tensors, values, based) <= bound, name
+
+
+SPHERES: list[tuple[str, dict[str, Any], int, bool]] = [
+    ("slerp", {"t": 0.3}, 1, True),
+    ("multislerp", {"weight": WEIGHTS[0], "normalize_weights": True}, 3, True),
+    ("multislerp", {"weight": (0.3, 0.7, 0.5), "normalize_weights": True}, 3, False),
+    ("karcher", {}, 3, False),
+    ("model_stock", {"filter_wise": False}, 3, True),
+    ("model_stock", {"filter_wise": True}, 3, True),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("method", "values", "count", "based"), SPHERES, ids=str)
+def test_whole_checkpoints_on_spheres_are_mergekits(
+    method: str, values: dict[str, Any], count: int, based: bool, seed: int
+) -> None:
+    models = checkpoints(seed)
+    for name in models[0]:
+        tensors = [model[name] for model in models[not based : count + 1]]
+        exact = theirs(method, tensors, based, values, torch.float64)
+        error = (ours(method, tensors, based, values) - exact).abs().max() / exact.abs().max()
+        assert float(error) <= EXACT, name
 
 
 def test_every_method_that_mergekit_has_is_compared() -> None:

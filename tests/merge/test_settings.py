@@ -15,7 +15,8 @@ from transformers import Phi3Config
 
 from mediphi.config.merging import Merge
 from mediphi.errors import ConfigError, DataError
-from mediphi.merge.mergekit_yaml import read_mergekit, write_mergekit
+from mediphi.merge.mergekit_writing import write_mergekit
+from mediphi.merge.mergekit_yaml import read_mergekit
 from mediphi.merge.settings import place_of, resolve, values_of
 
 NUM_LAYERS = 5
@@ -156,7 +157,7 @@ def test_a_written_file_is_read_as_the_same_merge(
     )
     path = tmp_path_factory.mktemp("yaml") / "merge.yml"
     path.write_text(text)
-    again, num_layers = read_mergekit(path)
+    again, num_layers, _ = read_mergekit(path)
     assert num_layers in (None, NUM_LAYERS)
     assert [*again.models] == ["a", "b"]
     first, second = values_of(merge, num_layers=NUM_LAYERS), values_of(again, num_layers=NUM_LAYERS)

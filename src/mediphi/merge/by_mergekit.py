@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import yaml
 from mediphi.artifacts import write_atomic
 from mediphi.artifacts.files import sync_folder
 from mediphi.errors import ConfigError, MachineError, UserError
-from mediphi.merge.checkpoints import open_checkpoint
-from mediphi.merge.engine import MergeFacts
+from mediphi.merge.agreement import dtype_name
+from mediphi.merge.checkpoints import Checkpoint, open_checkpoint
+from mediphi.merge.engine import MergeFacts, check_finite, is_finite
 from mediphi.merge.folders import companions
 from mediphi.merge.vocabularies import stop_ids
 
@@ -23,16 +25,18 @@ def merge_by_mergekit(
 ) -> MergeFacts:
     """Let mergekit merge what `text` says, in its YAML.
 
-    Tokenizer and stop ids are the first model's, unless the text names a tokenizer. mergekit cannot
-    go on where it was killed: it begins anew.
+    The tokenizer is the first model's, unless the text names one; stop ids are those of all models.
+    mergekit cannot go on where it was killed: it begins anew.
+
+    Args:
+        target: of a run that has no manifest yet: what is there, a killed attempt has left.
 
     Raises:
-        UserError: mergekit is not installed, or refuses.
+        UserError: mergekit is not installed, or refuses; or the result is not finite.
     """
     merging, config = _loaded(text)
-    partial = scratch / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    parents = [open_checkpoint(Path(folder)) for folder in _folders(config)]
+    partial = _emptied(scratch, target)
     options = merging.MergeOptions(
         copy_tokenizer=False,
         write_model_card=False,
@@ -47,9 +51,9 @@ def merge_by_mergekit(
     except Exception as error:  # it has no errors of its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"merge.backend=mergekit: {type(error).__name__}: {reason}") from None
-    first = open_checkpoint(Path(_folders(config)[0]))
     merged = open_checkpoint(partial)
-    for name, content in companions([first]).items():
+    _check_finite(merged, parents)
+    for name, content in companions(parents).items():
         if not (partial / name).exists() or name == "generation_config.json":
             write_atomic(partial / name, content)
     files = {own.file for own in merged.tensors.values()}
@@ -59,13 +63,43 @@ def merge_by_mergekit(
         num_bytes=sum((partial / file).stat().st_size for file in files),
         num_shards=len(files),
         num_resumed=0,
-        stop_ids=tuple(stop_ids([first])),
+        stop_ids=tuple(stop_ids(parents)),
         notes=(),
     )
     sync_folder(partial)
     partial.rename(target)
     sync_folder(target.parent)
     return facts
+
+
+def _emptied(scratch: Path, target: Path) -> Path:
+    """An empty folder for mergekit; `target` loses its name first, and its files then."""
+    partial = scratch / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(partial)
+        sync_folder(target.parent)
+        shutil.rmtree(partial)
+    partial.mkdir()
+    return partial
+
+
+def _check_finite(merged: Checkpoint, parents: Sequence[Checkpoint]) -> None:
+    """mergekit looks at no number. The parents are read only where the result is at fault.
+
+    Raises:
+        UserError: naming the tensor, and the model where one brought it.
+    """
+    for name, own in merged.tensors.items():
+        if not own.dtype.is_floating_point or is_finite(merged.read(name)):
+            continue
+        having = [parent for parent in parents if name in parent.tensors]
+        check_finite(name, having, [parent.read(name) for parent in having])
+        raise UserError(
+            f"merge.backend=mergekit: tensor {name}: merged, it is not finite in "
+            f"{dtype_name(own.dtype)}; choose other parameters or another dtype"
+        )
 
 
 def folders_in(text: str) -> tuple[str | None, list[str]]:

@@ -175,10 +175,16 @@ def _hash(job: Job, settings: Mapping[str, Values]) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    parent = (named_parents(str(path)) or {}).get("model") or plain_folder(str(path))
+    if named := named_parents(str(path)):
+        return named["model"].sha256
+    parent = plain_folder(str(path))
     if parent is None:
         raise ArtifactError(f"{path}: its manifest is damaged; make the run anew")
-    return parent.sha256
+    # Of large files a sample is hashed: a resumed merge must not mix two versions of a model.
+    files = sorted(Path(parent.path).glob("*.safetensors"))
+    states = [(file, file.stat()) for file in files]
+    times = [[file.name, state.st_size, state.st_mtime_ns] for file, state in states]
+    return parent.sha256 + json.dumps(times)
 
 
 def _facts(layout: Layout, parents: Parents) -> MergeFacts:

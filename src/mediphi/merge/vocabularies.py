@@ -23,8 +23,10 @@ FILES = (
     "added_tokens.json",
     *SLOW_FILES,
 )
-PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
 """Of tokenizer.json, what decides which ids a text gets."""
+FLAGS = ("add_bos_token", "add_eos_token")
+"""Of tokenizer_config.json, what some tokenizers add to every text."""
 
 
 def check_tokenizers(first: Checkpoint, other: Checkpoint) -> str | None:
@@ -40,6 +42,7 @@ def check_tokenizers(first: Checkpoint, other: Checkpoint) -> str | None:
     names = (name,) if name else SLOW_FILES
     for name in names:
         _check_file(first.folder / name, other.folder / name)
+    _check_flags(first.folder, other.folder)
     if _chat_template(first.folder) != _chat_template(other.folder):
         return f"{other.folder}: its chat template is another; the one of {first.folder} is taken"
     return None
@@ -104,6 +107,17 @@ def _check_file(first: Path, other: Path) -> None:
         )
 
 
+def _check_flags(first: Path, other: Path) -> None:
+    paths = [folder / TOKENIZER_CONFIG for folder in (first, other)]
+    ours, theirs = (read_json(path) if path.is_file() else {} for path in paths)
+    for flag in FLAGS:
+        if bool(ours.get(flag)) != bool(theirs.get(flag)):
+            raise ArtifactError(
+                f"{other}: {TOKENIZER_CONFIG} differs from that of {first} ({flag}); only models "
+                "of one tokenizer can be merged"
+            )
+
+
 def _difference(first: Path, other: Path) -> str | None:
     """What two tokenizer.json tell differently; None: nothing that matters."""
     ours, theirs = _parts(first), _parts(other)
@@ -121,7 +135,13 @@ def _parts(path: Path) -> dict[str, Any]:
         # Written as "a b" or as ["a", "b"], by version.
         pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
         parts["model"] = model | {"merges": pairs}
+    if _moves_offsets_only(parts["post_processor"]):
+        parts["post_processor"] = None
     return parts
+
+
+def _moves_offsets_only(processor: Any) -> bool:
+    return isinstance(processor, dict) and processor.get("type") == "ByteLevel"
 
 
 def _tokens(folder: Path) -> dict[str, int]:

@@ -1,0 +1,78 @@
+"""Around mergekit's own merge: stop ids, numbers that are not finite, what kills leave."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_checkpoints import change_json, change_tensors, copied, tensors_of, write_model
+
+from mediphi.errors import UserError
+from mediphi.merge.engine import MergeFacts
+
+by_mergekit = pytest.importorskip("mediphi.merge.by_mergekit")
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    first = write_model(tmp_path / "a", seed=1)
+    return [first, write_model(tmp_path / "b", seed=2)]
+
+
+def merged(models: list[Path], place: Path, **parameters: Any) -> MergeFacts:
+    body = {
+        "merge_method": "linear",
+        "models": [{"model": str(one)} for one in models],
+        "parameters": {"weight": 0.5, **parameters},
+        "dtype": "float32",
+    }
+    return by_mergekit.merge_by_mergekit(
+        yaml.safe_dump(body),
+        scratch=place / "scratch",
+        target=place / "model",
+        seed=0,
+        max_shard_bytes=10**9,
+    )
+
+
+def test_the_stop_ids_are_those_of_all_models(models: list[Path], tmp_path: Path) -> None:
+    for number, model in enumerate(models, start=11):
+        change_json(model / "generation_config.json", eos_token_id=number)
+    facts = merged(models, tmp_path)
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert {11, 12} <= set(facts.stop_ids) == set(written["eos_token_id"])
+
+
+def test_what_a_killed_attempt_has_published_is_made_anew(
+    models: list[Path], tmp_path: Path
+) -> None:
+    merged(models, tmp_path)
+    before = tensors_of(tmp_path / "model")
+    change_tensors(tmp_path / "model", lambda own: own[NORM].zero_())
+    (tmp_path / "model" / "left.txt").touch()
+    merged(models, tmp_path)
+    after = tensors_of(tmp_path / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "model" / "left.txt").exists()
+
+
+def test_a_parent_that_is_not_finite_is_named_and_nothing_published(
+    models: list[Path], tmp_path: Path
+) -> None:
+    bad = copied(models[1], tmp_path / "bad")
+    change_tensors(bad, lambda own: own[NORM].__setitem__(3, float("nan")))
+    with pytest.raises(UserError) as caught:
+        merged([models[0], bad], tmp_path)
+    assert str(caught.value).startswith(f"{bad}: tensor {NORM} holds numbers that are not finite")
+    assert caught.value.exit_code == 2 and not (tmp_path / "model").exists()
+
+
+def test_a_result_that_is_not_finite_is_named(models: list[Path], tmp_path: Path) -> None:
+    for model in models:
+        change_tensors(model, lambda own: own[NORM].fill_(3e38))
+    with pytest.raises(UserError, match=f"tensor {NORM}: merged, it is not finite in float32"):
+        merged(models, tmp_path, weight=1.0, normalize=False)
+    assert not (tmp_path / "model").exists()
