@@ -50,6 +50,7 @@ from mediphi.merge.search.page import write_search_page
 from mediphi.merge.settings import values_of
 from mediphi.merging import (
     Published,
+    check_settings,
     job_of,
     num_layers_of,
     publish_merge,
@@ -83,6 +84,8 @@ def search_merge(config: Config) -> RunResult:
     open_parents(job_of(config, merge, sources))  # refuses before texts are read and runs logged
     if stage.layer_groups > (most := num_layers_of(sources)):
         raise UserError(f"stage.layer_groups={stage.layer_groups}: the models have {most} layers")
+    begins = merge_of(merge, space, space.decode(space.start), num_layers=most)
+    check_settings(begins, sources)
     sets = build_sets(validation, seed=config.seed)
     if config.check_only:
         show_plan(config, merge, sources)
