@@ -8,36 +8,24 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from mediphi import engine, tracking
 from mediphi.artifacts import check_data
-from mediphi.backbone import BackboneSpec, build_model, load_tokenizer, original_positions
+from mediphi.candidate_bench import Bench
 from mediphi.config import run_dir, run_name
 from mediphi.config.merging import Merge
 from mediphi.config.methods import METHODS, Parameter
 from mediphi.config.schema import Config
 from mediphi.config.stages import SearchStage
 from mediphi.config.validation import Validation
-from mediphi.data.validation_sets import PARTS, Part, ValidationSet, build_sets, fingerprint_of
-from mediphi.errors import ArtifactError, UserError
-from mediphi.fitness import EncodedSets, Progress, SetScores, encode_sets, score_sets
+from mediphi.data.validation_sets import ValidationSet, build_sets, fingerprint_of
+from mediphi.errors import UserError
 from mediphi.launch import RunResult
-from mediphi.merge.candidates import Candidates
-from mediphi.merge.engine import Job, Parents, open_parents
-from mediphi.merge.operators import MergeError
+from mediphi.merge.engine import open_parents
 from mediphi.merge.search import (
-    CandidateError,
     Estimate,
-    Evaluation,
-    Genome,
-    Hopeless,
     Record,
     SearchResult,
     SearchSettings,
@@ -47,7 +35,6 @@ from mediphi.merge.search import (
 )
 from mediphi.merge.search.genomes import merge_of
 from mediphi.merge.search.page import write_search_page
-from mediphi.merge.settings import values_of
 from mediphi.merging import (
     Published,
     check_settings,
@@ -213,7 +200,7 @@ def _found(
     exit_code, log = 1, _Log(loggers)
     try:
         tracking.begin_phase(loggers, "search", first_step=0)
-        with _Bench(config, space, sources, sets) as bench:
+        with Bench(config, space, sources, sets) as bench:
             found = search(
                 space,
                 bench.fitness,
@@ -249,87 +236,6 @@ class _Log:
         if record.holdout is not None:
             row["search/holdout"] = record.holdout.fitness
         tracking.log(self._loggers, row, step=record.number)
-
-
-class _Bench:
-    """One model in memory that becomes every candidate, and the questions that it is asked."""
-
-    def __init__(
-        self, config: Config, space: Space, sources: Sources, sets: list[ValidationSet]
-    ) -> None:
-        _, self._merge, _ = _sections(config)
-        self._space, self._num_layers = space, num_layers_of(sources)
-        device = engine.resolve(config.hardware, shares_prompts=True)
-        job = job_of(config, self._merge, sources)
-        parents = open_parents(job)
-        folder = str(parents.checkpoints[0].folder)
-        spec = BackboneSpec(folder=folder, init="pretrained", revision="main", kernel=device.kernel)
-        self._model = build_model(spec).to(device.type).eval()  # type: ignore[arg-type]
-        self._candidates = Candidates(job, parents, targets_of(self._model, parents, job))
-        tokenizer = load_tokenizer(folder)
-        self._sets: dict[Part, EncodedSets] = {
-            part: encode_sets(
-                {one.name: getattr(one, part) for one in sets},
-                tokenizer=tokenizer,
-                device=device,
-                long_above=original_positions(self._model.config),
-            )
-            for part in PARTS
-        }
-
-    def __enter__(self) -> "_Bench":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._candidates.close()
-
-    def fitness(self, genome: Genome, hopeless: Hopeless | None) -> Evaluation:
-        """Build the candidate and score it on the search part."""
-        merged = merge_of(self._merge, self._space, genome, num_layers=self._num_layers)
-        try:
-            self._candidates.build(values_of(merged, num_layers=self._num_layers))
-        except MergeError as error:
-            raise CandidateError(str(error)) from None
-        return self._scored("search", hopeless)
-
-    def holdout(self, genome: Genome) -> Evaluation:
-        """Score the candidate that was just built on the hold-out part."""
-        return self._scored("holdout", None)
-
-    def _scored(self, part: Part, hopeless: Hopeless | None) -> Evaluation:
-        def gives_up(progress: Mapping[str, Progress]) -> bool:
-            assert hopeless is not None
-            return hopeless(*zip(*progress.values(), strict=True))
-
-        stop = None if hopeless is None else gives_up
-        try:
-            return _evaluation(score_sets(self._model, self._sets[part], hopeless=stop))
-        except UserError as error:  # answers that are not finite
-            raise CandidateError(str(error)) from None
-
-
-def targets_of(model: PreTrainedModel, parents: Parents, job: Job) -> dict[str, Tensor]:
-    """The model's weights by the names of the checkpoints, in the type that a merge is written in.
-
-    Only the weights change their type: rotary angles stay in float32.
-
-    Raises:
-        ArtifactError: the model has no weight for a tensor of the checkpoints.
-    """
-    first = parents.checkpoints[0]
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    if missing := [name for name in first.tensors if name not in weights]:
-        raise ArtifactError(f"{first.folder}: transformers' model has no weight {missing[0]}")
-    for name, own in first.tensors.items():
-        dtype = getattr(torch, job.dtype) if job.dtype else own.dtype
-        weights[name].data = weights[name].data.to(dtype)
-    return {name: weights[name].data for name in first.tensors}
-
-
-def _evaluation(scores: SetScores) -> Evaluation:
-    items = {name: tuple(one.score > 0 for one in own) for name, own in scores.scored.items()}
-    by_set = {name: sum(own) / len(own) for name, own in items.items() if own}
-    return Evaluation(scores.fitness, by_set, items, stopped=not scores.is_complete)
 
 
 def _metrics(found: SearchResult) -> dict[str, Any]:
