@@ -18,12 +18,12 @@ from mediphi.strategies.memory import (
 )
 
 HEAP = "heap, libraries"
-ACTIVATION_GAPS = 0.366
+ACTIVATION_GAPS = 0.106
 """Of what a micro-batch takes from glibc's heap, what stays behind in gaps. Like the next two what
 `benchmarks/planner_fit.py` prints, of those lines of its results that say `fitted`."""
-WEIGHT_GAPS = 1.28
+WEIGHT_GAPS = 2.18
 """The same of weights: products pack them, autocast rounds them, in every pass anew."""
-LIBRARIES = {"bf16-mixed": 95.6e6, "32-true": 38.4e6}
+LIBRARIES = {"bf16-mixed": 92.2e6, "32-true": 60.9e6}
 """Bytes that libraries take once training starts: oneDNN compiles a product for every shape."""
 
 
