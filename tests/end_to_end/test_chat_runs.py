@@ -5,13 +5,13 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
 import torch
-from end_to_end import tiny_run
 from end_to_end.tiny_chat import (
     NUM_HELDOUT,
     NUM_TRAIN,
@@ -174,13 +174,11 @@ def test_the_next_command_is_a_valid_one_from_this_model(run: ChatRun, sft_run: 
     assert config.model.path == str(sft_run.run_dir) and config.model.is_pretrained
 
 
-def test_the_same_command_again_answers_at_once(
-    run: ChatRun, shared: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_again_answers_at_once(run: ChatRun, shared: Place) -> None:
     """Without PyTorch, and without touching a file."""
     before = files_in(run.run_dir)
-    monkeypatch.setattr(tiny_run, "PYTHON", [sys.executable, "-X", "importtime"])
-    ended = shared.program(*run.command).wait()
+    watched = replace(shared, starter=[sys.executable, "-X", "importtime"])
+    ended = watched.program(*run.command).wait()
     assert ended.code == 0 and ended.out and run.ended.out.endswith(ended.out)
     assert files_in(run.run_dir) == before
     imported = {line.rpartition("|")[2].strip() for line in ended.err.splitlines()}

@@ -426,15 +426,15 @@ def slowly_scored() -> None:
     """A fifth of a second for every candidate."""
     import time
 
-    import mediphi.searching
+    import mediphi.candidate_bench
 
-    score = mediphi.searching.score_sets
+    score = mediphi.candidate_bench.score_sets
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.2)
         return score(*arguments, **options)
 
-    mediphi.searching.score_sets = slow
+    mediphi.candidate_bench.score_sets = slow
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
