@@ -78,7 +78,7 @@ def make_hopeless(best: float, *, number: int, risk: float) -> Hopeless:
         nonlocal looks
         looks += 1
         right, seen, size = (np.asarray(x, np.float64) for x in (correct, done, total))
-        bound = float(np.mean((right + size - seen) / size))
+        bound = fmean(((right + size - seen) / size).tolist())  # to the bit what `accuracy` gives
         if risk > 0 and (seen > 0).all():
             chance = risk * 36 / (math.pi**4 * number**2 * looks**2)
             spread = np.sum((1 - (seen - 1) / size) / seen) / len(size) ** 2
