@@ -4,6 +4,13 @@ from collections.abc import Sequence
 
 from mediphi.config.corpus import Licence
 
+USE = (
+    "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("model")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("model")\n```\n'
+)
+"""How to load what a card is about."""
+
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""

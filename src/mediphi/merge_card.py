@@ -8,7 +8,7 @@ import yaml
 from mediphi.artifacts import write_atomic
 from mediphi.config.corpus import Licence
 from mediphi.config.methods import METHODS
-from mediphi.markdown import table, terms
+from mediphi.markdown import USE, table, terms
 from mediphi.sources import BASE, Sources, licences_of
 
 UNKNOWN = "no manifest: licence unknown, ask whoever published it"
@@ -43,16 +43,6 @@ def write_merge_card(
     }
     known = METHODS.get(method)
     how = method if known is None else f"{known.title} ({known.source})"
-    parents = [
-        (
-            f"{name} (the base)" if name == BASE else name,
-            str(one),
-            f"{sources.parents[name].sha256[:16]} of its manifest"
-            if name in sources.parents
-            else f"{sources.plain[name].sha256[:16]} of its files, sampled; {UNKNOWN}",
-        )
-        for name, one in sources.folders.items()
-    ]
     licences = {n: Licence.model_validate(own) for n, own in licences_of(sources.parents).items()}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -61,7 +51,7 @@ def write_merge_card(
         f"Merged by {how}.\n",
         table(("", ""), list(facts.items())),
         "## Models\n",
-        table(("name", "folder", "sha256"), parents),
+        table(("name", "folder", "sha256"), [_row(sources, name) for name in sources.folders]),
         "## Licences of the data behind them\n",
         table(
             ("source", "licence", "terms"),
@@ -74,8 +64,16 @@ def write_merge_card(
         parts += [f"## {title}\n", table(rows[0], rows[1:])]
     parts += [
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n",
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("model")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("model")\n```\n',
+        USE,
     ]
     write_atomic(folder / "README.md", "\n".join(parts))
+
+
+def _row(sources: Sources, name: str) -> tuple[str, str, str]:
+    """A model of the merge: its name, its folder, and what vouches for it."""
+    if name in sources.parents:
+        vouched = f"{sources.parents[name].sha256[:16]} of its manifest"
+    else:
+        vouched = f"{sources.plain[name].sha256[:16]} of its files, sampled; {UNKNOWN}"
+    shown = f"{name} (the base)" if name == BASE else name
+    return shown, str(sources.folders[name]), vouched

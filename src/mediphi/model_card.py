@@ -8,7 +8,7 @@ import yaml
 from mediphi.announcement import ExamTable
 from mediphi.artifacts import write_atomic
 from mediphi.config.schema import Config
-from mediphi.markdown import table, terms
+from mediphi.markdown import USE, table, terms
 
 TOO_LONG = "left out, longer than max_length"
 
@@ -50,11 +50,7 @@ def write_card(
     ]
     for exam in exams:
         parts += [f"## {exam.title}\n", table(exam.rows[0], exam.rows[1:])]
-    parts.append(
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("model")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("model")\n```\n'
-    )
+    parts.append(USE)
     write_atomic(folder / "README.md", "\n".join(parts))
 
 
