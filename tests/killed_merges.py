@@ -19,6 +19,7 @@ import torch
 
 from mediphi.merge import engine
 from mediphi.merge.engine import Job, MergeFacts, merge
+from mediphi.merge.storage import Target
 
 STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 SHARD = 300_000
@@ -53,10 +54,11 @@ def kill_within(tensor: int) -> None:
     """SIGKILL when half of the given tensor is written, and that wrongly."""
     seen, whole = 0, engine.merge_tensor
 
-    def half(*arguments: object, out: torch.Tensor, **options: object) -> None:
+    def half(*arguments: object, out: Target, **options: object) -> None:
         nonlocal seen
         if seen == tensor:
-            out.view(-1)[: out.numel() // 2 + 1] = 7.0
+            count = out.shape.numel() // 2 + 1
+            out.write(slice(0, count), torch.full((count,), 7.0))
             os.kill(os.getpid(), signal.SIGKILL)
         seen += 1
         whole(*arguments, out=out, **options)  # type: ignore[arg-type]

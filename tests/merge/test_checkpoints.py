@@ -1,6 +1,8 @@
 """Folders that can be read, and one line for each that cannot be trusted."""
 
+import gc
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -56,6 +58,46 @@ def test_every_tensor_is_read_bitwise(shards: bool, folder: Path) -> None:
         assert torch.equal(checkpoint.read(name), tensor)
         assert checkpoint.tensors[name].dtype == tensor.dtype
         assert checkpoint.tensors[name].shape == tuple(tensor.shape)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_every_tensor_is_read_by_pieces(shards: bool, folder: Path) -> None:
+    there = tensors_of(folder)
+    opened = open_checkpoint(into_shards(folder) if shards else folder)
+    for name, expected in there.items():
+        stored = opened.stored(name)
+        assert stored.shape == expected.shape and stored.dtype == expected.dtype
+        halves = [slice(0, 3), slice(3, expected.numel())]
+        rooms = [torch.empty(own.stop - own.start, dtype=stored.dtype) for own in halves]
+        read = [stored.read_into(r, own.start) for r, own in zip(rooms, halves, strict=True)]
+        assert torch.equal(torch.cat(read), expected.view(-1)), name
+
+
+def test_a_file_cut_while_it_is_open(folder: Path) -> None:
+    opened = open_checkpoint(folder)
+    last = list(opened.tensors)[-1]
+    path = folder / opened.tensors[last].file
+    os.truncate(path, path.stat().st_size - 1)
+    room = torch.empty(opened.stored(last).numel(), dtype=opened.tensors[last].dtype)
+    with pytest.raises(ArtifactError) as caught:
+        opened.stored(last).read_into(room, 0)
+    assert str(caught.value) == f"{path}: it has become shorter while it was read"
+
+
+def test_files_are_closed_with_the_checkpoint(folder: Path) -> None:
+    def count() -> int:
+        links = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
+        return sum(link.startswith(str(folder.resolve())) for link in links)
+
+    before, opened = count(), open_checkpoint(folder)
+    tensor = opened.stored(next(iter(opened.tensors)))
+    assert count() > before
+    del opened
+    gc.collect()
+    assert tensor.read_into(torch.empty(1, dtype=tensor.dtype), 0).isfinite().all()
+    del tensor
+    gc.collect()
+    assert count() == before
 
 
 def test_a_run_directory_stands_for_its_model(folder: Path, tmp_path: Path) -> None:

@@ -206,6 +206,35 @@ def test_smallest_shapes_and_zeros_are_defined(method: str, shape: tuple[int, ..
     assert torch.equal(out, torch.zeros(shape))
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), method=st.sampled_from(sorted(METHODS)))
+def test_no_method_loses_a_number_that_is_not_finite(data: st.DataObject, method: str) -> None:
+    """So the engine looks for them in the result alone: NaN and infinity of every operand show,
+    also where a weight is zero or nothing is kept, and where cuts are found by brackets."""
+    size = data.draw(st.sampled_from([6, 90, 70_000]))
+    drawn = tensors(4, size, seed=data.draw(st.integers(0, 9)))
+    operands = operands_of(method, drawn)
+    found = drawn[: len(operands.models) + (operands.base is not None)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        bad = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+        place = data.draw(st.integers(0, size - 1))
+        data.draw(st.sampled_from(found))[place] = bad
+    values: dict[str, Any] = {}
+    for own in METHODS[method].parameters:
+        near = st.sampled_from([v for v in (own.low, 0.0, 0.3, 1.0, own.high) if abs(v) < 5])
+        if own.name in ("max_iter", "tol"):
+            continue
+        many = [data.draw(near) for _ in operands.models]
+        values[own.name] = tuple(many) if own.per_model else many[0]
+    semantics: Semantics = data.draw(st.sampled_from(["mergekit", "paper"]))
+    out = torch.zeros(size)
+    try:
+        merge_tensor(method, operands, values, out=out, semantics=semantics)
+    except MergeError:
+        return
+    assert not out.isfinite().all()
+
+
 @pytest.mark.parametrize("method", SPARSE)
 @pytest.mark.parametrize("semantics", ["mergekit", "paper"])
 def test_density_zero_is_the_base(method: str, semantics: Semantics) -> None:

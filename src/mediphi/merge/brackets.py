@@ -17,7 +17,7 @@ from torch import Tensor
 from mediphi.errors import MergeError
 from mediphi.merge import pieces
 from mediphi.merge.pieces import Flat, Scratch, longest, spans
-from mediphi.merge.windows import Cut, Floats, nth_of
+from mediphi.merge.windows import NOT_FINITE, Cut, Floats, nth_of
 
 Mask = NDArray[np.bool_]
 SPREAD = 2.5
@@ -66,8 +66,8 @@ class Magnitudes:
             steps = (np.arange(count) + jitter) * (self.size / count)
             self._places = torch.from_numpy(np.minimum(steps.astype(np.int64), self.size - 1))
             if self._flat.base is not None and not self._flat.deltas:
-                self._sampled_base = self._flat.base.flat[self._places].float()
-        values = self._flat.models[model].flat[self._places].float()
+                self._sampled_base = self._flat.base.at(self._places)
+        values = self._flat.models[model].at(self._places)
         if self._sampled_base is not None:
             values -= self._sampled_base
         return np.sort(values.abs_().numpy())
@@ -205,7 +205,7 @@ class _Search:
     def _aim(self, end: np.float32, *, below: bool) -> None:
         """The answer lies beyond an end of the bracket, or on it where its ties went uncounted."""
         if not 0 <= end < np.inf:
-            raise MergeError("a delta holds NaN or infinity; look for them in the models")
+            raise MergeError(NOT_FINITE)
         if not self._ties[0 if below else 1]:
             self._low = self._high = end
             return

@@ -13,8 +13,9 @@ from mediphi.artifacts.files import sync_folder
 from mediphi.errors import ConfigError, MachineError, UserError
 from mediphi.merge.agreement import dtype_name
 from mediphi.merge.checkpoints import Checkpoint, open_checkpoint
-from mediphi.merge.engine import MergeFacts, check_finite, is_finite
+from mediphi.merge.engine import MergeFacts, check_finite
 from mediphi.merge.folders import companions
+from mediphi.merge.storage import is_finite
 from mediphi.merge.vocabularies import stop_ids
 
 PARTIAL = "mergekit.partial"
@@ -92,10 +93,10 @@ def _check_finite(merged: Checkpoint, parents: Sequence[Checkpoint]) -> None:
         UserError: naming the tensor, and the model where one brought it.
     """
     for name, own in merged.tensors.items():
-        if not own.dtype.is_floating_point or is_finite(merged.read(name)):
+        if is_finite(merged.read(name)):
             continue
         having = [parent for parent in parents if name in parent.tensors]
-        check_finite(name, having, [parent.read(name) for parent in having])
+        check_finite(name, having)
         raise UserError(
             f"merge.backend=mergekit: tensor {name}: merged, it is not finite in "
             f"{dtype_name(own.dtype)}; choose other parameters or another dtype"

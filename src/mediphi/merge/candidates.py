@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mediphi.errors import UserError
 from mediphi.merge.checkpoints import Checkpoint
-from mediphi.merge.engine import Job, Parents, check_finite, is_finite, tensor_seed
+from mediphi.merge.engine import Job, Parents, check_finite, tensor_seed
 from mediphi.merge.operators import DELTA_METHODS, MergeError, Operands, Values, merge_tensor
 from mediphi.merge.statistics import OrderStatistics
+from mediphi.merge.storage import is_finite
 from mediphi.resources import free_memory
 
 BYTES_PER_DELTA = 4 + 2.1
@@ -68,8 +69,8 @@ class Candidates:
     def _prepare(
         self, checkpoints: tuple[Checkpoint, ...], name: str
     ) -> tuple[Operands, OrderStatistics | None]:
+        check_finite(name, checkpoints)
         tensors = [one.read(name).to(self._job.device) for one in checkpoints]
-        check_finite(name, checkpoints, tensors)
         base = tensors.pop(0) if self._job.base is not None else None
         if not self.keeps_deltas:
             return Operands(base, tuple(tensors)), None

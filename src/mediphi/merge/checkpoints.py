@@ -1,4 +1,4 @@
-"""Hugging Face folders, read tensor by tensor from memory maps. Pickles are never opened."""
+"""Hugging Face folders, read tensor by tensor. Pickles are never opened."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mediphi.errors import ArtifactError
+from mediphi.merge.storage import ReadOnlyFile, StoredTensor
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -30,11 +31,12 @@ WHOLE_DTYPES = {
 
 
 class Stored(NamedTuple):
-    """A tensor as its file describes it."""
+    """A tensor as its file describes it; `start` is its first byte there."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,14 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
     _files: Mapping[str, Any] = field(repr=False)
+    _handles: Mapping[str, ReadOnlyFile] = field(repr=False)
+
+    def stored(self, name: str) -> StoredTensor:
+        """The tensor in its file, to be read by pieces."""
+        own = self.tensors[name]
+        return StoredTensor(
+            self._handles[own.file], start=own.start, dtype=own.dtype, shape=own.shape
+        )
 
     def read(self, name: str) -> torch.Tensor:
         """A view into the memory-mapped file: it takes no memory of its own, do not write to it.
@@ -78,20 +88,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values())) if weight_map else [WEIGHTS]
     opened: dict[str, Any] = {}
+    handles: dict[str, ReadOnlyFile] = {}
     tensors: dict[str, Stored] = {}
     for file in files:
         path = _inside(folder, file)
         try:
             opened[file] = safe_open(path, framework="pt")
+            handles[file] = ReadOnlyFile(path)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
-        headers = _read_header(path)
+        headers, data_start = _read_header(path)
         if weight_map:
             _check_index(folder, file, headers.keys(), weight_map)
-        tensors |= {name: _stored(path, name, header) for name, header in headers.items()}
+        tensors |= {
+            name: _stored(path, name, header, data_start) for name, header in headers.items()
+        }
     if not tensors:
         raise ArtifactError(f"{folder}: {files[0]} holds no tensor; {_RESTORE}")
-    return Checkpoint(folder, config, tensors, opened)
+    return Checkpoint(folder, config, tensors, opened, handles)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,8 +173,12 @@ def _inside(folder: Path, file: str) -> Path:
     return path
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """The header of a file that safetensors could open, which takes the last of two same names."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file that safetensors could open, which takes the last of two same names.
+
+    Returns:
+        Entries by name, and the byte at which the data begins.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         raw = file.read(size)
@@ -169,7 +187,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(path, error) from None
     header.pop("__metadata__", None)
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 8 + size
 
 
 def _check_index(folder: Path, file: str, held: Any, weight_map: Mapping[str, str]) -> None:
@@ -186,14 +204,15 @@ def _check_index(folder: Path, file: str, held: Any, weight_map: Mapping[str, st
         raise ArtifactError(f"{folder}: tensor {name} is {fault}; {_RESTORE}")
 
 
-def _stored(path: Path, name: str, header: Mapping[str, Any]) -> Stored:
+def _stored(path: Path, name: str, header: Mapping[str, Any], data_start: int) -> Stored:
     dtype = (DTYPES | WHOLE_DTYPES).get(header["dtype"])
     if dtype is None:
         allowed = ", ".join(str(own).removeprefix("torch.") for own in DTYPES.values())
         raise ArtifactError(
             f"{path.parent}: tensor {name} is {header['dtype']}; weights of {allowed} can be merged"
         )
-    return Stored(path.name, dtype, tuple(header["shape"]))
+    start = data_start + header["data_offsets"][0]
+    return Stored(path.name, dtype, tuple(header["shape"]), start)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mediphi.merge import pieces
 from mediphi.merge.pieces import Flat, Operands, Scratch, longest, spans
 from mediphi.merge.sparsity import Kept
+from mediphi.merge.storage import Target
 
 SMALLEST_DIVISOR = 1e-8
 """Sums of weights below are not divided by, as in mergekit."""
@@ -38,13 +39,13 @@ Mixer = Callable[[slice, Tensor | None], Tensor]
 
 
 def add_deltas(
-    operands: Operands, kept: Sequence[Kept], how: Sum, *, out: Tensor, unit: int = 1
+    operands: Operands, kept: Sequence[Kept], how: Sum, *, out: Target, unit: int = 1
 ) -> None:
     """Writes base + the merged delta.
 
     Args:
         kept: one for every model.
-        out: the base's shape; float32, bfloat16 or float16, rounded once.
+        out: of the base's shape; rounded once.
         unit: pieces hold multiples of so many elements.
     """
     flat = Flat(operands)
@@ -52,16 +53,12 @@ def add_deltas(
     length = longest(flat.size, piece, unit)
     scratch = Scratch(1, length, flat.device)
     mix = (_plain if how.election == "none" else _elected)(flat, kept, how, length)
-    target = out.view(-1)
     for span in spans(flat.size, piece, unit):
         base = flat.read_base(span, *scratch.take(span))
         delta = mix(span, None if flat.deltas else base)
         if how.factor != 1:
             delta.mul_(how.factor)
-        if target.dtype is torch.float32:
-            torch.add(base, delta, out=target[span])
-        else:
-            target[span].copy_(delta.add_(base))
+        out.write(span, delta.add_(base))
 
 
 def _plain(flat: Flat, kept: Sequence[Kept], how: Sum, length: int) -> Mixer:

@@ -1,4 +1,4 @@
-"""A merge, tensor by tensor: read from memory maps, computed, written into mapped shards.
+"""A merge, tensor by tensor: read, computed and written piece by piece.
 
 Main memory holds a few pieces of tensors; the rest is page cache, which the kernel takes back.
 """
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,22 +15,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mediphi.artifacts import named_parents, plain_folder
+from mediphi.artifacts import named_parents, plain_folder, room_for
 from mediphi.config.methods import METHODS, Semantics
 from mediphi.errors import ArtifactError, MergeError, UserError
 from mediphi.merge.agreement import check_agreement, dtype_name
 from mediphi.merge.checkpoints import Checkpoint, open_checkpoint
 from mediphi.merge.folders import is_published, publish_folder, recall
 from mediphi.merge.operators import Operands, Values, merge_tensor
+from mediphi.merge.pieces import DEVICE_PIECE, spans
 from mediphi.merge.shards import Layout, PartialShards, is_of, plan
+from mediphi.merge.storage import InFile, is_finite
 from mediphi.merge.vocabularies import stop_ids
 
 FORMAT = 1
 """Raise it when the same job gives other bytes: what an older version left is not continued."""
-
-DENSE = frozenset({"linear", "uniform_soup", "slerp"})
-"""Methods by which every number read enters the result, with a weight of zero too: one that is not
-finite shows there, which saves a look at each model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,9 @@ def merge(
         raise ArtifactError(f"{target}: exists; choose another name, or remove it")
     recall(scratch, layout=layout)
     shards = PartialShards(scratch, layout, job_hash=job_hash)
-    num_resumed = _write_tensors(_Work(job, parents.checkpoints, settings, shards), progress)
-    shards.sync()
+    with closing(shards), room_for(scratch, layout.num_bytes):
+        num_resumed = _write_tensors(_Work(job, parents.checkpoints, settings, shards), progress)
+        shards.sync()
     dtypes = {slot.dtype for slot in layout.slots.values() if slot.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     publish_folder(
@@ -229,53 +229,58 @@ def _write_tensor(work: _Work, name: str) -> bool:
     shards = work.shards
     if shards.holds(name):
         return True
-    out = shards.tensor(name)
-    if out.dtype.is_floating_point:
-        _merge_floats(work, name, out)
+    place = shards.place(name)
+    if place.dtype.is_floating_point:
+        _merge_floats(work, name, place)
     else:
-        _copy_whole_numbers(work, name, out)
-    shards.seal(name)
+        _copy_whole_numbers(work, name, place)
+    shards.seal(name, place.checksum)
     return False
 
 
-def _merge_floats(work: _Work, name: str, out: Tensor) -> None:
+def _merge_floats(work: _Work, name: str, place: InFile) -> None:
+    """Numbers that are not finite are looked for in what comes out: every method hands them on."""
     job = work.job
     has_base = bool(job.base) and METHODS[job.method].base != "none"
     read = work.checkpoints[-len(job.models) - has_base :]
-    tensors = [checkpoint.read(name).to(job.device) for checkpoint in read]
-    if job.method not in DENSE:
-        check_finite(name, read, tensors)
+    on_cpu = job.device == "cpu"
+    tensors = [one.stored(name) if on_cpu else one.read(name).to(job.device) for one in read]
     operands = Operands(tensors[0] if has_base else None, tuple(tensors[has_base:]))
-    result = out if job.device == "cpu" else torch.empty_like(out, device=job.device)
+    out = place if on_cpu else torch.empty(place.shape, dtype=place.dtype, device=job.device)
     try:
         merge_tensor(
             job.method,
             operands,
             work.settings[name],
-            out=result,
+            out=out,
             semantics=job.semantics,
             seed=tensor_seed(job.seed, name),
         )
-        if not is_finite(result):
+        if isinstance(out, Tensor):
+            _send(out.view(-1), place)
+        if not place.is_finite:
             raise MergeError(
-                f"merged, it is not finite in {dtype_name(out.dtype)}; choose smaller weights or "
+                f"merged, it is not finite in {dtype_name(place.dtype)}; choose smaller weights or "
                 "another dtype"
             )
     except MergeError as error:
-        check_finite(name, read, tensors)  # then this is the cause
+        check_finite(name, read)  # then this is the cause
         raise MergeError(f"tensor {name}: {error}") from None
-    if result is not out:
-        out.copy_(result)
 
 
-def check_finite(name: str, read: Sequence[Checkpoint], tensors: Sequence[Tensor]) -> None:
+def _send(result: Tensor, place: InFile) -> None:
+    for span in spans(len(result), DEVICE_PIECE):
+        place.write(span, result[span].cpu())
+
+
+def check_finite(name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Refuse numbers that are not finite in the tensor of that name; names the model.
 
     Raises:
         ArtifactError: there are some.
     """
-    for checkpoint, tensor in zip(read, tensors, strict=True):
-        if not is_finite(tensor):
+    for checkpoint in checkpoints:
+        if not is_finite(checkpoint.read(name)):
             raise ArtifactError(
                 f"{checkpoint.folder}: tensor {name} holds numbers that are not finite; leave this "
                 "model out, or make it anew"
@@ -287,20 +292,13 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are. One pass without a copy: NaN goes through minimum and maximum."""
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(low.isfinite() & high.isfinite())
-
-
-def _copy_whole_numbers(work: _Work, name: str, out: Tensor) -> None:
+def _copy_whole_numbers(work: _Work, name: str, place: InFile) -> None:
     first, *others = work.checkpoints
-    out.copy_(first.read(name))
+    tensor = first.read(name)
     for checkpoint in others:
-        if not torch.equal(checkpoint.read(name), out):
+        if not torch.equal(checkpoint.read(name), tensor):
             raise ArtifactError(
-                f"{checkpoint.folder}: tensor {name} ({dtype_name(out.dtype)}) differs from that "
+                f"{checkpoint.folder}: tensor {name} ({dtype_name(place.dtype)}) differs from that "
                 f"of {first.folder}; whole numbers cannot be merged"
             )
+    _send(tensor.reshape(-1), place)

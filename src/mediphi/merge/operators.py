@@ -16,6 +16,7 @@ from mediphi.merge.selection import MeasuredRanks, Ranks, Window
 from mediphi.merge.sparsity import Kept, RandomSparsity, Sparsifier, with_kept_size
 from mediphi.merge.spheres import karcher, multislerp, slerp, weighted_mean
 from mediphi.merge.stock import model_stock
+from mediphi.merge.storage import InMemory, Target
 
 __all__ = ["Operands", "Ranks", "Semantics", "Values", "Window", "merge_tensor"]
 
@@ -34,7 +35,7 @@ def merge_tensor(
     operands: Operands,
     values: Values,
     *,
-    out: Tensor,
+    out: Tensor | Target,
     semantics: Semantics = "mergekit",
     seed: int = 0,
     ranks: Ranks | None = None,
@@ -44,8 +45,8 @@ def merge_tensor(
     Args:
         method: a name of METHODS.
         values: what is missing has the table's default.
-        out: the operands' shape, contiguous; float32, bfloat16 or float16. It must share no
-            memory with the operands, except that it may be the base itself for delta methods.
+        out: of the operands' shape; float32, bfloat16 or float16. A tensor is contiguous and
+            shares no memory with the operands, but may be the base itself for delta methods.
         seed: of DARE's mask; give every tensor another.
         ranks: where magnitudes are cut, if somebody knows already; None: measured.
 
@@ -58,12 +59,13 @@ def merge_tensor(
         raise MergeError(f"{method} needs the models, not their deltas")
     if METHODS[method].base == "required" and operands.base is None:
         raise MergeError(f"{method} needs a base model; name one")
-    if out.numel() == 0:
+    if out.shape.numel() == 0:
         return
+    target = InMemory(out) if isinstance(out, Tensor) else out
     if method not in DELTA_METHODS:
-        _merge_models(method, operands, filled, out)
+        _merge_models(method, operands, filled, target)
         return
-    by_rows = semantics == "paper" and method.startswith("breadcrumbs") and out.ndim > 0
+    by_rows = semantics == "paper" and method.startswith("breadcrumbs") and len(out.shape) > 0
     found = MeasuredRanks(operands) if ranks is None else ranks
     sparsifier = Sparsifier(
         method,
@@ -75,7 +77,7 @@ def merge_tensor(
     )
     if isinstance(found, MeasuredRanks):
         found.find(sparsifier.cuts())
-    _merge_deltas(operands, sparsifier, paper=semantics == "paper", out=out)
+    _merge_deltas(operands, sparsifier, paper=semantics == "paper", out=target)
 
 
 def _filled(method: str, values: Values, count: int) -> dict[str, list[float]]:
@@ -104,7 +106,7 @@ def _numbers(method: str, own: Parameter, values: Values, count: int) -> list[fl
 
 
 def _merge_models(
-    method: str, operands: Operands, values: dict[str, list[float]], out: Tensor
+    method: str, operands: Operands, values: dict[str, list[float]], out: Target
 ) -> None:
     """Methods that work on whole models."""
     match method:
@@ -126,7 +128,7 @@ def _merge_models(
             raise KeyError(method)
 
 
-def _merge_deltas(operands: Operands, sparsifier: Sparsifier, *, paper: bool, out: Tensor) -> None:
+def _merge_deltas(operands: Operands, sparsifier: Sparsifier, *, paper: bool, out: Target) -> None:
     """Methods that sum deltas."""
     values = sparsifier.values
     kept = [Kept(weight, sparsifier.of(model)) for model, weight in enumerate(values["weight"])]

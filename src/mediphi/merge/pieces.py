@@ -4,13 +4,17 @@ A merge never holds a float32 copy of a whole tensor: it goes through it in piec
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
-PIECE = 1 << 16
+from mediphi.merge.storage import StoredTensor, bytes_of
+
+PIECE = 1 << 17
 """Elements worked on at once. It steers speed alone: no result depends on it."""
 
 DEVICE_PIECE = 1 << 24
@@ -29,8 +33,8 @@ class Operands(NamedTuple):
         deltas: whether `models` are float32 differences from the base instead.
     """
 
-    base: Tensor | None
-    models: tuple[Tensor, ...]
+    base: Tensor | StoredTensor | None
+    models: tuple[Tensor | StoredTensor, ...]
     deltas: bool = False
 
     @property
@@ -74,28 +78,48 @@ class Scratch:
 class Vector:
     """A tensor read piece by piece as float32 [elements]."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.flat = tensor.reshape(-1)
-        on_cpu = self.flat.device.type == "cpu"
-        halved = self.flat.element_size() == 2
-        self._raw = self.flat.view(torch.int16).numpy() if on_cpu and halved else None
-        self._room = self.flat[:0]
+    def __init__(self, tensor: Tensor | StoredTensor) -> None:
+        stored = isinstance(tensor, StoredTensor)
+        self.device = torch.device("cpu") if stored else tensor.device
+        self._source = tensor if stored else tensor.reshape(-1)
+        self._room = torch.empty(0, dtype=tensor.dtype)
 
     def read(self, span: slice, buffer: Tensor) -> Tensor:
-        """A piece: a read-only view, or written into the buffer.
+        """A piece: a read-only view, or written into the buffer."""
+        source = self._source
+        if isinstance(source, StoredTensor):
+            if source.dtype is torch.float32:
+                return source.read_into(buffer, span.start)
+            return buffer.copy_(source.read_into(self._room_for(buffer), span.start))
+        if source.dtype is torch.float32:
+            return source[span]
+        if self.device.type != "cpu":
+            return buffer.copy_(source[span])
+        # Bytes are copied from memory at twice the speed at which torch converts from it.
+        room = self._room_for(buffer)
+        bytes_of(room)[:] = bytes_of(source[span])
+        return buffer.copy_(room)
 
-        Half-precision pieces are copied before they are converted: numpy copies from memory at
-        twice the speed at which torch converts from it.
-        """
-        if self.flat.dtype is torch.float32:
-            return self.flat[span]
-        if self._raw is None:
-            return buffer.copy_(self.flat[span])
+    def _room_for(self, buffer: Tensor) -> Tensor:
         if len(buffer) != len(self._room):
-            self._room = torch.empty(len(buffer), dtype=self.flat.dtype)
-            self._room_raw = self._room.view(torch.int16).numpy()
-        np.copyto(self._room_raw, self._raw[span])
-        return buffer.copy_(self._room)
+            self._room = torch.empty(len(buffer), dtype=self._source.dtype)
+        return self._room
+
+    def at(self, places: Int64[Tensor, " places"]) -> Float32[Tensor, " places"]:
+        """The elements at ascending places."""
+        source = self._source
+        if not isinstance(source, StoredTensor):
+            return source[places].float()
+        size = source.numel()
+        room = torch.empty(longest(size, PIECE), dtype=source.dtype)
+        bounds = [0, *np.searchsorted(places.numpy(), [s.stop for s in spans(size, PIECE)])]
+        found = [
+            source.read_into(room[: span.stop - span.start], span.start)[own - span.start].float()
+            for span, own in zip(
+                spans(size, PIECE), (places[i:j] for i, j in pairwise(bounds)), strict=True
+            )
+        ]
+        return torch.cat(found)
 
 
 class Flat:
@@ -106,7 +130,7 @@ class Flat:
         self.models = [Vector(model) for model in operands.models]
         self.deltas = operands.deltas
         self.size = operands.size
-        self.device = operands.models[0].device
+        self.device = self.models[0].device
 
     def read_base(self, span: slice, buffer: Tensor) -> Tensor:
         """A piece of the base; zeros without one."""

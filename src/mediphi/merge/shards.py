@@ -10,17 +10,19 @@ import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from mediphi.artifacts import preflight_space, room_for, write_atomic
 from mediphi.merge.checkpoints import DTYPES, WHOLE_DTYPES
+from mediphi.merge.storage import InFile
 
 JOURNAL = "journal.jsonl"
 PARTIAL = "shard-{}.partial"
 ALIGNMENT = 64
 """Bytes; of a file's first tensor. Larger dtypes come first, so that all are aligned."""
+READ_BYTES = 2**20
 SYNC_EVERY = 2**28
 """Bytes; what a power cut may cost. A kill costs nothing but the tensors in hand."""
 
@@ -127,21 +129,21 @@ class PartialShards:
         # Anew: an unfinished last line would swallow the next.
         write_atomic(self._journal, "".join(json.dumps(line) + "\n" for line in lines))
         with room_for(scratch, layout.num_bytes):
-            self._maps = [_mapped(*pair) for pair in zip(self.paths, layout.shards, strict=True)]
+            self._files = [_reserved(*pair) for pair in zip(self.paths, layout.shards, strict=True)]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor's place in its file, mapped: what is written to it is in the file."""
+    def place(self, name: str) -> InFile:
+        """Where the tensor is to be written."""
         slot = self.layout.slots[name]
-        raw = self._maps[slot.shard][slot.start : slot.start + slot.size]
-        return raw.view(slot.dtype).view(slot.shape)
+        handle = self._files[slot.shard].fileno()
+        return InFile(handle, start=slot.start, dtype=slot.dtype, shape=slot.shape)
 
     def holds(self, name: str) -> bool:
         """Whether an earlier attempt wrote the tensor, and its bytes are still the same."""
         return name in self._checksums and self._checksums[name] == self._checksum(name)
 
-    def seal(self, name: str) -> None:
-        """Note that the tensor is written."""
-        line = json.dumps(_line(name, self._checksum(name))) + "\n"
+    def seal(self, name: str, checksum: int) -> None:
+        """Note that the tensor is written, and the CRC-32 of its bytes."""
+        line = json.dumps(_line(name, checksum)) + "\n"
         with self._lock:
             with self._journal.open("ab", buffering=0) as journal:
                 journal.write(line.encode())
@@ -154,13 +156,24 @@ class PartialShards:
 
     def sync(self) -> None:
         """Make durable what is written."""
-        for path in (*self.paths, self._journal):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for file in self._files:
+            os.fsync(file.fileno())
+        with self._journal.open("rb") as journal:
+            os.fsync(journal.fileno())
+
+    def close(self) -> None:
+        """Nothing can be written any more."""
+        for file in self._files:
+            file.close()
 
     def _checksum(self, name: str) -> int:
         slot = self.layout.slots[name]
-        return zlib.crc32(self._maps[slot.shard][slot.start : slot.start + slot.size].numpy().data)
+        checksum = 0
+        for start in range(slot.start, slot.start + slot.size, READ_BYTES):
+            count = min(READ_BYTES, slot.start + slot.size - start)
+            raw = os.pread(self._files[slot.shard].fileno(), count, start)
+            checksum = zlib.crc32(raw, checksum)
+        return checksum
 
 
 def shard_paths(scratch: Path, layout: Layout) -> list[Path]:
@@ -173,13 +186,17 @@ def is_of(scratch: Path, job_hash: str) -> bool:
     return _read_journal(scratch / JOURNAL, job_hash) is not None
 
 
-def _mapped(path: Path, shard: Shard) -> torch.Tensor:
-    """The file as bytes, its room reserved: a full disk shows here and not as a bus error."""
-    with path.open("r+b" if path.exists() else "w+b") as file:
+def _reserved(path: Path, shard: Shard) -> BinaryIO:
+    """The file, open for writing, its room reserved: a full disk shows before any work is done."""
+    file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+    try:
         os.truncate(file.fileno(), shard.size)
         os.posix_fallocate(file.fileno(), 0, shard.size)
         file.write(shard.header)
-    return torch.from_file(str(path), shared=True, size=shard.size, dtype=torch.uint8)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _read_journal(path: Path, job_hash: str) -> dict[str, int] | None:

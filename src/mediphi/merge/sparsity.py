@@ -108,7 +108,8 @@ class RandomSparsity(NamedTuple):
         first = start - blocks.start * RANDOM_BLOCK
         kept = np.concatenate([self._block(block) for block in blocks])[first:][: stop - start]
         if delta.device.type == "cpu":
-            np.multiply(delta.numpy(), kept, out=out.numpy())  # torch takes three times as long
+            with np.errstate(invalid="ignore"):  # infinity becomes NaN, which the engine notices
+                np.multiply(delta.numpy(), kept, out=out.numpy())  # torch takes three times as long
             return out
         return torch.mul(delta, torch.from_numpy(kept).to(delta.device), out=out)
 

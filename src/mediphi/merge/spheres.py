@@ -17,6 +17,7 @@ from torch import Tensor
 from mediphi.errors import MergeError
 from mediphi.merge import pieces
 from mediphi.merge.pieces import BLOCK, Flat, Operands, Scratch, longest, spans
+from mediphi.merge.storage import Target
 
 Floats = NDArray[np.float64]
 
@@ -76,22 +77,21 @@ def gram(vectors: Vectors) -> Floats:
         if sums
         else np.zeros((0, len(pairs)))
     )
+    if not np.isfinite(table).all():
+        raise MergeError("the dot products overflow float32; look for huge or infinite values")
     result = np.zeros((count, count))
     for (i, j), column in zip(pairs, table.T, strict=True):
         result[i, j] = result[j, i] = math.fsum(column)
-    if not np.isfinite(result).all():
-        raise MergeError("the dot products overflow float32; look for huge or infinite values")
     return result
 
 
 def combine(
-    vectors: Vectors, coefficients: Sequence[float], out: Tensor, *, divisor: float = 1.0
+    vectors: Vectors, coefficients: Sequence[float], out: Target, *, divisor: float = 1.0
 ) -> None:
     """Writes origin + sum_i coefficient_i * vector_i / divisor, rounded once."""
     flat = vectors.flat
     piece = pieces.length_on(flat.device)
     scratch = Scratch(3, longest(flat.size, piece), flat.device)
-    target = out.view(-1)
     for span in spans(flat.size, piece):
         total, buffer, room = scratch.take(span)
         base = vectors.origin(span, room)
@@ -103,11 +103,11 @@ def combine(
                 total.add_(read, alpha=coefficient)
         if divisor != 1:
             total.div_(divisor)
-        target[span].copy_(total if base is None else total.add_(base))
+        out.write(span, total if base is None else total.add_(base))
 
 
 def weighted_mean(
-    operands: Operands, weights: Sequence[float], *, normalize: bool, out: Tensor
+    operands: Operands, weights: Sequence[float], *, normalize: bool, out: Target
 ) -> None:
     """sum_i weight_i * model_i, divided by the sum of the weights if asked."""
     divisor = float(torch.tensor(weights).sum()) if normalize else 1.0
@@ -119,7 +119,7 @@ def weighted_mean(
     combine(from_origin(operands), weights, out, divisor=divisor)
 
 
-def slerp(operands: Operands, t: float, *, out: Tensor) -> None:
+def slerp(operands: Operands, t: float, *, out: Target) -> None:
     """Interpolates from the base (t = 0) to the model (t = 1) along the arc between them.
 
     Shoemake 1985: sin((1 - t) theta) / sin theta and sin(t theta) / sin theta, theta the angle of
@@ -143,7 +143,7 @@ def slerp(operands: Operands, t: float, *, out: Tensor) -> None:
 
 
 def multislerp(
-    operands: Operands, weights: Sequence[float], *, normalize: bool, out: Tensor
+    operands: Operands, weights: Sequence[float], *, normalize: bool, out: Target
 ) -> None:
     """Barycentre of the directions in the tangent space at their weighted mean, times the weighted
     mean norm (Goddard 2025); from the base where there is one.
@@ -178,7 +178,7 @@ def multislerp(
     return None
 
 
-def karcher(operands: Operands, *, max_iter: int, tol: float, out: Tensor) -> None:
+def karcher(operands: Operands, *, max_iter: int, tol: float, out: Target) -> None:
     """The point on the sphere with the least squared angles to all models, times their mean norm,
     by steps in the tangent space (Karcher 1977, doi 10.1002/cpa.3160300502).
 

@@ -14,12 +14,13 @@ from mediphi.errors import MergeError
 from mediphi.merge import pieces
 from mediphi.merge.pieces import Flat, Operands, Scratch, longest, spans
 from mediphi.merge.spheres import PARALLEL, from_base, gram
+from mediphi.merge.storage import Target
 
 SMALLEST_PRODUCT = 1e-6
 """Products of norms are not taken below, as in mergekit."""
 
 
-def model_stock(operands: Operands, *, filter_wise: bool, out: Tensor) -> None:
+def model_stock(operands: Operands, *, filter_wise: bool, out: Target) -> None:
     """Writes t * average + (1 - t) * base.
 
     Args:
@@ -30,12 +31,11 @@ def model_stock(operands: Operands, *, filter_wise: bool, out: Tensor) -> None:
         MergeError: the deltas of the tensor cancel: they point in opposite directions.
     """
     flat = Flat(operands)
-    width = out.shape[-1] if filter_wise and out.ndim else 1
+    width = out.shape[-1] if filter_wise and out.shape else 1
     ratio = None if filter_wise else _ratio_of_tensor(operands)
     count = len(flat.models)
     piece = pieces.length_on(flat.device)
     scratch = Scratch(count + 2, longest(flat.size, piece, width), flat.device)
-    target = out.view(-1)
     for span in spans(flat.size, piece, width):
         room, total, *buffers = scratch.take(span)
         base = flat.read_base(span, room)
@@ -47,9 +47,9 @@ def model_stock(operands: Operands, *, filter_wise: bool, out: Tensor) -> None:
         if ratio is None:
             ratios = _ratios_of_rows([(m - base).view(-1, width) for m in models])
             total = (ratios * total.view(-1, width) + (1 - ratios) * base.view(-1, width)).view(-1)
-            target[span].copy_(total)
+            out.write(span, total)
         else:
-            target[span].copy_(total.mul_(ratio).add_(base * (1 - ratio)))
+            out.write(span, total.mul_(ratio).add_(base * (1 - ratio)))
 
 
 def _ratio_of_tensor(operands: Operands) -> float:

@@ -13,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mediphi.errors import MergeError
+
 Floats = NDArray[np.float32]
+
+NOT_FINITE = "a delta holds NaN or infinity; look for them in the models"
 
 
 class Cut(NamedTuple):
@@ -97,6 +101,7 @@ def cuts_of_whole(magnitudes: Floats, ranks: list[int]) -> dict[int, Cut]:
     found = {}
     for rank in ranks:
         value = ordered[rank]
+        refuse_nan(float(value))
         nth = rank - int(np.searchsorted(ordered, value))
         found[rank] = Cut(float(value), int(np.flatnonzero(magnitudes == value)[nth]))
     return found
@@ -114,7 +119,18 @@ def by_sorting(magnitudes: Tensor, ranks: list[int]) -> dict[int, Cut]:
     ordered = torch.sort(magnitudes).values
     found = {}
     for rank in ranks:
+        refuse_nan(float(ordered[rank]))
         nth = rank - int(torch.count_nonzero(magnitudes < ordered[rank]))
         place = torch.nonzero(magnitudes == ordered[rank])[nth]
         found[rank] = Cut(float(ordered[rank]), int(place))
     return found
+
+
+def refuse_nan(magnitude: float) -> None:
+    """NaN has no rank.
+
+    Raises:
+        MergeError: it is NaN.
+    """
+    if math.isnan(magnitude):
+        raise MergeError(NOT_FINITE)
