@@ -12,7 +12,7 @@ from mediphi.config.methods import METHODS, Semantics
 from mediphi.errors import MergeError
 from mediphi.merge import pieces
 from mediphi.merge.operators import DELTA_METHODS, Operands, merge_tensor
-from mediphi.merge.statistics import OrderStatistics
+from mediphi.merge.statistics import Delta, OrderStatistics
 
 SPARSE = sorted(DELTA_METHODS - {"task_arithmetic"})
 SIZES = st.integers(1, 70)
@@ -170,7 +170,7 @@ def test_deltas_with_statistics_give_the_same_to_the_bit(method: str, rescale: b
     usual, quick = torch.empty(200_001), torch.empty(200_001)
     merge_tensor(method, Operands(base, tuple(models)), values, out=usual, seed=3)
     operands = Operands(base, deltas, deltas=True)
-    ranks = OrderStatistics(deltas)
+    ranks = OrderStatistics([Delta(delta) for delta in deltas])
     copies = [delta.clone() for delta in deltas]
     merge_tensor(method, operands, values, out=quick, seed=3, ranks=ranks)
     assert torch.equal(usual, quick)

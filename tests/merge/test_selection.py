@@ -13,7 +13,7 @@ from mediphi.errors import MergeError
 from mediphi.merge import brackets, pieces, selection, statistics, windows
 from mediphi.merge.pieces import Operands
 from mediphi.merge.selection import MeasuredRanks, Ranks, Window
-from mediphi.merge.statistics import OrderStatistics
+from mediphi.merge.statistics import Delta, OrderStatistics
 
 SIZE = 20_000
 
@@ -71,7 +71,7 @@ def measured(delta: Tensor) -> Ranks:
     return MeasuredRanks(Operands(None, (delta,), deltas=True))
 
 
-@pytest.mark.parametrize("ranks", [measured, lambda delta: OrderStatistics([delta])])
+@pytest.mark.parametrize("ranks", [measured, lambda delta: OrderStatistics([Delta(delta)])])
 @pytest.mark.parametrize("delta", DELTAS.values(), ids=DELTAS.keys())
 @pytest.mark.usefixtures("small_pieces")
 def test_windows_are_those_of_a_stable_sort(delta: Tensor, ranks) -> None:
@@ -94,7 +94,7 @@ def test_windows_of_small_tied_tensors(
     first, last = (min(rank, len(values)) for rank in cut)
     window = measured(delta).window(0, first, last)
     assert torch.equal(kept(window, delta, length), expected(delta, first, last))
-    assert window == OrderStatistics([delta]).window(0, first, last)
+    assert window == OrderStatistics([Delta(delta)]).window(0, first, last)
 
 
 @pytest.mark.parametrize("delta", DELTAS.values(), ids=DELTAS.keys())

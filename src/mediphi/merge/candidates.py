@@ -1,7 +1,8 @@
 """Merged models one after another in the same memory: nothing of a candidate touches the disk.
 
 What all candidates have in common, the experts' deltas and the order of their magnitudes, is made
-once; a candidate is then one pass over them, written over the candidate before.
+once; a candidate is then one pass over them, written over the candidate before. Where memory is too
+small for the deltas they are subtracted anew, and on a GPU always.
 """
 
 import math
@@ -15,14 +16,16 @@ from mediphi.errors import UserError
 from mediphi.merge.checkpoints import Checkpoint
 from mediphi.merge.engine import Job, Parents, check_finite, tensor_seed
 from mediphi.merge.operators import DELTA_METHODS, MergeError, Operands, Values, merge_tensor
-from mediphi.merge.statistics import OrderStatistics
+from mediphi.merge.statistics import Delta, OrderStatistics
 from mediphi.merge.storage import is_finite
 from mediphi.resources import free_memory
 
-BYTES_PER_DELTA = 4 + 2.1
-"""Of memory for each number of an expert: its float32 delta, and where it stands in the order."""
+BYTES_OF_DELTA = 4
+"""Of memory for each number of an expert: its float32 delta."""
+BYTES_OF_ORDER = 2.1
+"""And where it stands in the order of magnitudes."""
 FREE_SHARE = 0.7
-"""Of the free memory that deltas may take; else they are made anew for every candidate."""
+"""Of the free memory that both may take; what does not fit is made anew for every candidate."""
 
 
 class Candidates:
@@ -42,9 +45,12 @@ class Candidates:
         first = parents.checkpoints[0]
         self._floats = [n for n, own in first.tensors.items() if own.dtype.is_floating_point]
         self._floats.sort(key=lambda name: -_count(first, name))
-        keeps = job.device == "cpu" and job.method in DELTA_METHODS
         count = sum(_count(first, n) for n in self._floats) * len(job.models)
-        self.keeps_deltas = keeps and count * BYTES_PER_DELTA < FREE_SHARE * free_memory()
+        room = FREE_SHARE * free_memory() / count
+        self.keeps_order = cuts_whole_tensors(job) and room > BYTES_OF_ORDER
+        room -= BYTES_OF_ORDER * self.keeps_order
+        on_cpu = job.device == "cpu"  # a GPU has no room for them, and subtracts at no cost
+        self.keeps_deltas = on_cpu and job.method in DELTA_METHODS and room > BYTES_OF_DELTA
         self._pool = ThreadPoolExecutor(job.threads, initializer=_one_thread)
         try:
             prepared = self._pool.map(lambda n: self._prepare(parents.checkpoints, n), self._floats)
@@ -70,22 +76,20 @@ class Candidates:
         self, checkpoints: tuple[Checkpoint, ...], name: str
     ) -> tuple[Operands, OrderStatistics | None]:
         check_finite(name, checkpoints)
-        tensors = [one.read(name).to(self._job.device) for one in checkpoints]
+        tensors = [one.read(name) for one in checkpoints]
         base = tensors.pop(0) if self._job.base is not None else None
-        if not self.keeps_deltas:
-            return Operands(base, tuple(tensors)), None
-        assert base is not None
-        deltas = tuple(one.float().sub_(base.float()) for one in tensors)
-        ordered = OrderStatistics(deltas) if self._asks_for_ranks else None
-        return Operands(base, deltas, deltas=True), ordered
-
-    @property
-    def _asks_for_ranks(self) -> bool:
-        """Whether magnitudes are cut at ranks of a whole tensor; the papers' crumbs are of rows."""
-        by_rows = self._job.semantics == "paper"
-        return self._job.method == "ties" or (
-            self._job.method.startswith("breadcrumbs") and not by_rows
+        if self.keeps_deltas:
+            assert base is not None
+            tensors = [one.float() - base for one in tensors]
+        start = None if self.keeps_deltas else base
+        ordered = OrderStatistics([Delta(t, start) for t in tensors]) if self.keeps_order else None
+        device = self._job.device
+        there = Operands(
+            None if base is None else base.to(device),
+            tuple(one.to(device) for one in tensors),
+            deltas=self.keeps_deltas,
         )
+        return there, ordered
 
     def _write(self, name: str, values: Values) -> None:
         operands, ranks = self._operands[name]
@@ -104,6 +108,13 @@ class Candidates:
                 raise MergeError("merged, it is not finite in float16")
         except UserError as error:
             raise MergeError(f"tensor {name}: {error}") from None
+
+
+def cuts_whole_tensors(job: Job) -> bool:
+    """Whether magnitudes are cut at ranks of a whole tensor; the papers' crumbs are of rows."""
+    return job.method == "ties" or (
+        job.method.startswith("breadcrumbs") and job.semantics == "mergekit"
+    )
 
 
 def _count(checkpoint: Checkpoint, name: str) -> int:

@@ -1,8 +1,8 @@
 """Order statistics of deltas, taken once and asked hundreds of times.
 
 A search merges the same tensors at ever new densities. Here every element is filed once under a
-bucket of similar magnitudes; the cut at a rank then costs a look at one bucket. Beside the float32
-deltas (4 bytes an element) the files take 2.1 bytes an element.
+bucket of similar magnitudes; the cut at a rank then costs a look at one bucket. The files take 2.1
+bytes an element.
 """
 
 from collections.abc import Sequence
@@ -24,30 +24,51 @@ _KEYS = 1 << 16
 _SHIFT = np.uint32(15)  # sign gone, exponent and 8 bits of the mantissa stay: bfloat16 and one bit
 
 
-class OrderStatistics:
-    """Ranks of the magnitudes of some deltas; a `Ranks` for `merge_tensor`.
+class Delta(NamedTuple):
+    """A float32 difference of two tensors, made where it is looked at.
 
-    Args:
-        deltas: float32 on the CPU, contiguous, all of one size; kept, and must not change.
+    Attributes:
+        model, base: on the CPU, contiguous, of one size; they must not change. Without a base the
+            model is the difference.
     """
 
-    def __init__(self, deltas: Sequence[Tensor]) -> None:
-        self._filed = [_file(delta.detach().view(-1)) for delta in deltas]
+    model: Tensor
+    base: Tensor | None = None
+
+    def whole(self) -> Floats:
+        """All of it [elements]."""
+        model = self.model.detach().view(-1).float()
+        return (model if self.base is None else model - self.base.detach().view(-1)).numpy()
+
+    def at(self, places: NDArray[np.int64]) -> Floats:
+        """Some elements [places]."""
+        chosen = torch.from_numpy(places)
+        found = self.model.detach().view(-1)[chosen].float()
+        if self.base is not None:
+            found -= self.base.detach().view(-1)[chosen]
+        return found.numpy()
+
+
+class OrderStatistics:
+    """Ranks of the magnitudes of some deltas, all of one size; a `Ranks` for `merge_tensor`."""
+
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        self._size = deltas[0].model.numel()
+        self._filed = [_file(delta) for delta in deltas]
 
     def window(self, model: int, first: int, last: int) -> Window:
         filed = self._filed[model]
-        size = filed.delta.size
-        found = {rank: filed.cut(rank) for rank in inner_ranks(first, last, size)}
-        return window_of(first, last, size, found)
+        found = {rank: filed.cut(rank) for rank in inner_ranks(first, last, self._size)}
+        return window_of(first, last, self._size, found)
 
 
 class _Whole(NamedTuple):
     """A small delta: its magnitudes are sorted anew for every cut."""
 
-    delta: Floats
+    delta: Delta
 
     def cut(self, rank: int) -> Cut:
-        return cuts_of_whole(np.abs(self.delta), [rank])[rank]
+        return cuts_of_whole(np.abs(self.delta.whole()), [rank])[rank]
 
 
 class _Filed(NamedTuple):
@@ -60,7 +81,7 @@ class _Filed(NamedTuple):
         lows, highs: float32 [buckets], smallest and largest magnitude of each.
     """
 
-    delta: Floats
+    delta: Delta
     places: NDArray[np.uint16]
     edges: NDArray[np.int32]
     ends: NDArray[np.int64]
@@ -78,7 +99,7 @@ class _Filed(NamedTuple):
             return Cut(float(self.lows[bucket]), int(self._members(chunk, bucket)[nth]))
         members = [self._members(chunk, bucket) for chunk in np.flatnonzero(counts).tolist()]
         indices = np.concatenate(members)
-        return nth_of(np.abs(self.delta[indices]), indices, nth)
+        return nth_of(np.abs(self.delta.at(indices)), indices, nth)
 
     def _members(self, chunk: int, bucket: int) -> NDArray[np.int64]:
         """Indices of the elements of a bucket in a chunk, ascending."""
@@ -87,15 +108,15 @@ class _Filed(NamedTuple):
         return self.places[start + first : start + last].astype(np.int64) + start
 
 
-def _file(flat: Tensor) -> _Whole | _Filed:
-    """Files the elements of a delta [elements]."""
-    delta = flat.numpy()
-    if delta.size <= WHOLE:
+def _file(delta: Delta) -> _Whole | _Filed:
+    """Files the elements of a delta."""
+    if delta.model.numel() <= WHOLE:
         return _Whole(delta)
-    chunks = [delta[start : start + CHUNK] for start in range(0, delta.size, CHUNK)]
+    values = delta.whole()
+    chunks = [values[start : start + CHUNK] for start in range(0, values.size, CHUNK)]
     buckets = _buckets(chunks)
     number = buckets.number
-    places = np.empty(delta.size, np.uint16)
+    places = np.empty(values.size, np.uint16)
     edges = np.empty((len(chunks), number + 1), np.int32)
     lows = np.full(number, np.inf, np.float32)
     highs = np.full(number, -1, np.float32)
