@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import Callback
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from toy_store import TEXT, Piece, phi_like_tokenizer, toy_store
@@ -131,6 +132,32 @@ class SgdModule(Sgd, LanguageModelModule):
 
 class SgdDpoModule(Sgd, DpoModule):
     """Preferences by plain SGD."""
+
+
+class SpoilGradient(Callback):
+    """Puts NaN into the gradient of one optimizer step; goes before the guard."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            self._module, self._optimizer = pl_module, optimizer
+            self._before = self._learnt()
+            next(pl_module.parameters()).grad.mul_(float("nan"))
+
+    def changed_nothing(self) -> bool:
+        """Whether parameters, moments and step counts are those before the step."""
+        after = self._learnt()
+        return all(torch.equal(now, after[name]) for name, now in self._before.items())
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """Before the first step there are no moments: then only parameters."""
+        found = {}
+        for name, parameter in self._module.named_parameters():
+            tensors = {"weight": parameter, **self._optimizer.state[parameter]}
+            found |= {f"{name} {key}": t.detach().cpu().clone() for key, t in tensors.items()}
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 from mediphi.checkpointing import (
+    FiniteGuard,
     PeriodicCheckpoint,
     SafeCheckpointIO,
     StopOnSignal,
@@ -76,6 +77,8 @@ class HeldoutLoader(ToyLoader):
 class Toy(LightningModule):
     """Uses dropout and Python's and NumPy's generators, so that every random state matters."""
 
+    fused: bool | None = None
+
     def __init__(self, pause: float = 0.0) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 1))
@@ -88,6 +91,9 @@ class Toy(LightningModule):
         self.window += torch.tensor([loss.item(), 1.0], dtype=torch.float64)
         time.sleep(self.pause)
         return loss
+
+    def gradient_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
 
     def take_metrics(self) -> dict[str, float]:
         total, count = self.window.tolist()
@@ -102,7 +108,7 @@ class Toy(LightningModule):
             logger.log_metrics({"heldout/loss": self.heldout}, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
         return {
             "optimizer": optimizer,
@@ -129,7 +135,9 @@ def train(
     resumed = step_of(found) if found else None
     begin_phase([logger], "phase1", first_step=0, resumed_step=resumed)
     checkpoint = PeriodicCheckpoint(folder, every_steps=every_steps, keep=100)
-    rows = TrainingRows(every_steps=rows_every, num_steps=NUM_STEPS)
+    others = callbacks(checkpoint)
+    settle = next((c.settle for c in others if isinstance(c, FiniteGuard)), lambda: None)
+    rows = TrainingRows(every_steps=rows_every, num_steps=NUM_STEPS, settle=settle)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -138,7 +146,7 @@ def train(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=[logger],
-        callbacks=[rows, *callbacks(checkpoint), checkpoint],
+        callbacks=[rows, *others, checkpoint],
         plugins=[SafeCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -225,15 +225,16 @@ def _callbacks(run: Training, plan: PhasePlan) -> list[L.Callback]:
         at = plan.data.position(step)
         return {"epoch": at.epoch, "tokens_seen": at.tokens, "packing_efficiency": steps.fill}
 
+    guard = FiniteGuard(run.data.train.document_id)
     rows = TrainingRows(
         every_steps=config.logger.every_steps,
         num_steps=steps.num_steps,
         position=position,
         flops=run.budget.batch_flops,
         peak_flops=engine.peak_flops(run.device),
+        settle=guard.settle,
     )
     progress = make_progress(plan.name, num_steps=steps.num_steps)
-    guard = FiniteGuard(run.data.train.document_id)
     return [guard, *_samples(run), rows, progress, StopOnSignal(saving), saving]
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mediphi.config.schema import Hardware
 
@@ -75,6 +76,13 @@ def from_all_ranks(mine: Value) -> list[Value]:
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
+
+
+def largest_of_all_ranks(mine: Tensor) -> Tensor:
+    """`mine`, changed in place to the largest of all ranks; with NCCL the host does not wait."""
+    if is_distributed():
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+    return mine
 
 
 def from_rank_zero(mine: Value) -> Value:

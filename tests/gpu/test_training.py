@@ -12,6 +12,7 @@ from lightning import Callback
 from small_models import write_small_folder
 from small_training import (
     SETTINGS,
+    SpoilGradient,
     make_dpo_module,
     make_module,
     pair_settings,
@@ -24,6 +25,7 @@ from mediphi import attention, engine
 from mediphi.checkpointing import FiniteGuard, SafeCheckpointIO
 from mediphi.config.schema import Hardware
 from mediphi.data.datamodule import PackedDataModule, References
+from mediphi.errors import NonFiniteError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,15 +72,9 @@ class Losses(Callback):
 
 
 class NoWaiting(Callback):
-    """Between optimizer steps, whatever makes the host wait raises; goes before the others."""
+    """From the first batch to the last, whatever makes the host wait raises; goes first."""
 
     def on_train_start(self, *_: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")  # FiniteGuard reads once
-
-    def on_train_batch_end(self, *_: Any) -> None:
         torch.cuda.set_sync_debug_mode("error")
 
     def on_train_end(self, *_: Any) -> None:
@@ -136,10 +132,20 @@ def test_three_steps_give_the_losses_of_a_cpu(data: PackedDataModule, folder: Pa
 
 
 @pytest.mark.parametrize("data", LAYOUTS, indirect=True)
-def test_between_optimizer_steps_nothing_makes_the_host_wait(data: PackedDataModule, folder: Path):
-    """The transfer of batches, forward, backward, meters."""
+def test_nothing_makes_the_host_wait_in_a_step(data: PackedDataModule, folder: Path):
+    """The transfer of batches, forward, backward, guard, clipping, AdamW, schedule and meters."""
     assert data.train_plan.accumulate > 1
     fit(data, folder, callbacks=(NoWaiting(),))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("data", ["text"], indirect=True)
+def test_a_step_that_is_not_finite_changes_nothing(data: PackedDataModule, folder: Path, step: int):
+    """Nor does what the host has queued behind it; of the last step it hears at the end."""
+    spoil = SpoilGradient(step)
+    with pytest.raises(NonFiniteError, match=rf"^step {step}: gradient norm nan is not finite"):
+        fit(data, folder, callbacks=(spoil,))
+    assert spoil.changed_nothing()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns, and hides it by itself

@@ -1,6 +1,7 @@
 """Training steps: normalised by the global batch, awake, and moving every parameter."""
 
 import copy
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,15 +12,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import write_small_folder
-from small_training import SETTINGS, Fit, differs, fit, make_module, unequal_store
+from small_training import (
+    SETTINGS,
+    Fit,
+    SpoilGradient,
+    differs,
+    fit,
+    make_module,
+    unequal_store,
+)
 from torch import Tensor
 
 from mediphi.batches import IGNORE, TokenBatch
+from mediphi.checkpointing import FiniteGuard
+from mediphi.checkpointing.finite import QueuedStep
 from mediphi.config.stages import Phase
 from mediphi.data.datamodule import PackedDataModule
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import TrainingPlan
 from mediphi.data.tokens import TokenStore
+from mediphi.errors import NonFiniteError
 from mediphi.modules.language_model import LanguageModelModule
 
 
@@ -114,6 +126,76 @@ def test_adamw_with_clipping_does_not_depend_on_accumulation(folder: Path, store
         assert differs(runs[0].weights, run.weights) < 1e-4
         assert run.train["grad_norm"] == pytest.approx(runs[0].train["grad_norm"], rel=1e-3)
         assert run.train["train/loss"] == pytest.approx(runs[0].train["train/loss"], rel=1e-5)
+
+
+# --- the gradient's norm
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e3, None])
+def test_the_norm_is_computed_once_a_step_and_clips_as_torch_does(
+    limit: float | None, folder: Path, store: TokenStore
+):
+    """Asked for before clipping, as `FiniteGuard` does, or not."""
+    data = PackedDataModule(store, heldout=None, settings=SETTINGS)
+    module: Any = make_module(folder, data, sgd=False)
+    module.configure_model()
+    optimizer: Any = module.configure_optimizers()["optimizer"]
+    norms = set()
+    for asked, batch in zip((True, False, True), PackedLoader(data.train_plan), strict=False):
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        theirs = copy.deepcopy([p.grad for p in module.parameters()])
+        twins = [torch.nn.Parameter(torch.empty_like(g)) for g in theirs if g is not None]
+        for twin, gradient in zip(twins, theirs, strict=True):
+            twin.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(twins, math.inf if limit is None else limit)
+        if asked:
+            assert module.gradient_norm() is module.gradient_norm()
+        module.configure_gradient_clipping(optimizer, limit)
+        assert torch.equal(module._grad_norm, norm)
+        for parameter, twin in zip(module.parameters(), twins, strict=True):
+            assert parameter.grad is not None and twin.grad is not None
+            assert torch.equal(parameter.grad, twin.grad)
+        norms.add(float(norm))
+    assert len(norms) == 3 and 0.5 < min(norms) < max(norms) < 1e3
+
+
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_a_guard_changes_no_bit(clip: float | None, folder: Path, store: TokenStore):
+    plain, guarded = (
+        fit(folder, store, sgd=False, clip=clip, callbacks=callbacks)
+        for callbacks in ([], [FiniteGuard(store.document_id)])
+    )
+    assert differs(plain.weights, guarded.weights) == 0.0
+    assert plain.train == guarded.train
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing_however_late_the_host_hears(
+    is_late: bool, step: int, folder: Path, store: TokenStore, monkeypatch: pytest.MonkeyPatch
+):
+    """A GPU may have more steps queued: all updates behind the bad one are left out."""
+    if is_late:
+        monkeypatch.setattr(QueuedStep, "is_known", False)  # until the end of the fit
+    spoil, end = SpoilGradient(step), LastStep()
+    callbacks = [spoil, FiniteGuard(store.document_id), end]
+    with pytest.raises(NonFiniteError, match=rf"^step {step}: gradient norm nan is not finite"):
+        fit(folder, store, sgd=False, callbacks=callbacks)
+    assert spoil.changed_nothing()
+    assert end.step == (5 if is_late or step == 5 else step)
+
+
+class LastStep(L.Callback):
+    """Optimizer steps that were queued whole."""
+
+    step = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.step = trainer.global_step
+
+
+# --- what is logged
 
 
 def test_logged_loss_is_the_mean_over_every_target(folder: Path, store: TokenStore):

@@ -50,7 +50,7 @@ from mediphi.errors import UserError
 from mediphi.modules.dpo import Objective
 from mediphi.modules.language_model import LanguageModelModule
 from mediphi.process_group import join_processes
-from mediphi.strategies.whole import Ddp, OneDevice
+from mediphi.strategies.whole import Ddp, OneDevice, WholeModel
 
 TESTS = Path(__file__).parents[1]
 PAIRS = [tuple(map(int, row)) for row in np.random.default_rng(2).integers(2, 12, (19, 3))]
@@ -247,9 +247,9 @@ def run_predicted(place: Path, *, strategy: str | None, processes: int) -> Tenso
 
 
 class Poisoned(LanguageModelModule):
-    """The last rank's loss, or only its gradient, is not finite in the second step."""
+    """The last rank's loss, or only its gradient or value, is not finite after the first step."""
 
-    gradient_only = False
+    gradient_only = value_only = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -258,30 +258,53 @@ class Poisoned(LanguageModelModule):
         if self.gradient_only:
             loss.register_hook(lambda grad: grad * float("inf"))
             return loss
-        return loss * float("nan")
+        return loss + float("nan") if self.value_only else loss * float("nan")
 
 
 class PoisonedGradient(Poisoned):
     gradient_only = True
 
 
+class PoisonedValue(Poisoned):
+    """No gradient tells the other ranks."""
+
+    value_only = True
+
+
 class KeepWeights(Callback):
-    """This rank's slices after the first step."""
+    """This rank's slices after the first step, and its documents in the second."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        if trainer.global_step == 1:
+            self.rows += batch.document_index.tolist()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 1:
+        self.steps = trainer.global_step
+        if self.steps == 1:
             self.kept = own_weights(trainer.strategy)
             self.strategy = trainer.strategy
 
 
 def own_weights(strategy: Any) -> dict[str, Tensor]:
+    """Of a model that is not split also moments and step counts."""
+    if isinstance(strategy, WholeModel):
+        state = strategy.optimizers[0].state
+        return {
+            f"{name} {key}": tensor.detach().clone()
+            for name, p in strategy._trained()
+            for key, tensor in {"weight": p, **state[p]}.items()
+        }
     return {s.name: s.tensors["weight"].clone() for s in strategy.local_slices()}
 
 
-def run_poisoned(place: Path, *, gradient_only: bool, strategy: str, processes: int) -> Any:
+def run_poisoned(
+    place: Path, *, kind: type[Poisoned] = Poisoned, strategy: str, processes: int
+) -> Any:
     """What the guard says, and whether the weights are still those of the first step."""
     weights = KeepWeights()
-    kind = PoisonedGradient if gradient_only else Poisoned
     message = ""
     try:
         fit(
@@ -297,7 +320,8 @@ def run_poisoned(place: Path, *, gradient_only: bool, strategy: str, processes: 
         message = str(error)
     after = own_weights(weights.strategy)
     unchanged = all(torch.equal(after[name], kept) for name, kept in weights.kept.items())
-    return {"message": message, "unchanged": unchanged, "tensors": len(after)}
+    found = {"message": message, "unchanged": unchanged, "tensors": len(after)}
+    return {**found, "rows": weights.rows, "steps": weights.steps}
 
 
 def run_damaged(place: Path, *, strategy: str, processes: int) -> Any:
@@ -374,8 +398,9 @@ def main(strategy: str, place: str, *cases: str) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     join_processes(Hardware(accelerator="cpu", devices=processes))
     special = {
-        "poisoned": partial(run_poisoned, gradient_only=False),
-        "poisoned_gradient": partial(run_poisoned, gradient_only=True),
+        "poisoned": run_poisoned,
+        "poisoned_gradient": partial(run_poisoned, kind=PoisonedGradient),
+        "poisoned_value": partial(run_poisoned, kind=PoisonedValue),
         "damaged": run_damaged,
         "memory": run_memory,
         "predicted": run_predicted,

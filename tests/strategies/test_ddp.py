@@ -11,6 +11,7 @@ from strategies.sharded_fit import run_case, start, write_place
 
 CASES = ("saved", "sgd", "dpo")
 """`saved`: AdamW with clipping, from files; `sgd`: random weights, recomputed activations."""
+FAULTS = {"poisoned": "loss", "poisoned_gradient": "gradient norm", "poisoned_value": "loss"}
 Results = dict[str, Any]
 
 
@@ -28,7 +29,7 @@ def plain(place: Path) -> Callable[[str], Results]:
 @pytest.fixture(scope="module")
 def two(place: Path, plain: Callable[[str], Results]) -> Results:
     plain("saved")
-    return start("ddp", place, (*CASES, "resumed:one-1", "resumed:ddp-2"), processes=2)
+    return start("ddp", place, (*CASES, "resumed:one-1", "resumed:ddp-2", *FAULTS), processes=2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,3 +77,19 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(
     assert differs(two["resumed:one-1"][0]["weights"], plain("saved")["weights"]) < 3e-5
     fewer = run_case(place, "resumed:ddp-2", strategy="one")
     assert differs(fewer["weights"], two["saved"][0]["weights"]) < 3e-5
+
+
+@pytest.mark.parametrize(("case", "what"), FAULTS.items())
+def test_numbers_of_one_rank_that_are_not_finite_leave_both_alone(
+    case: str, what: str, two: Results
+):
+    """Both raise in the next step, and name the documents of the rank that is to blame."""
+    first, second = two[case]
+    assert first["message"] == second["message"] and first["rows"] != second["rows"]
+    assert first["message"].startswith(f"step 2: {what}")
+    guilty = [second] if what == "loss" else [first, second]
+    names = (", ".join(f"row {n}" for n in dict.fromkeys(rank["rows"])) for rank in guilty)
+    assert f"; documents: {'; '.join(names)}; lower" in first["message"]
+    for found in two[case]:
+        assert found["unchanged"] and found["tensors"] == 4 * 15
+        assert found["steps"] == 2  # looked at before the end of the third

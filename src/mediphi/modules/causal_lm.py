@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,6 +52,7 @@ class CausalLMModule(L.LightningModule):
         self.num_steps, self.splits = num_steps, splits
         self.strict_loading = backbone.lora is None  # of adapters the frozen weights are not saved
         self._grad_norm = torch.tensor(0.0)
+        self._norm_of_step: Tensor | None = None  # until the step is clipped
         self._last_lr = 0.0
         self.model: Any = None  # a PreTrainedModel once configure_model has run
 
@@ -67,6 +69,7 @@ class CausalLMModule(L.LightningModule):
             raise RuntimeError(f"rotary buffers are not float32: {', '.join(rounded)}")
         if self.global_rank:  # the same weights, but noise of its own; a resume restores it later
             torch.manual_seed(self.spec.seed + self.global_rank)
+        self._norm_of_step = None
 
     @property
     def _sharded(self) -> Sharded | None:
@@ -89,6 +92,16 @@ class CausalLMModule(L.LightningModule):
         """Last hidden states of a packed row, `[tokens, hidden]`."""
         return hidden_states(self.backbone, batch, self.spec.kernel, embeddings=embeddings)
 
+    def gradient_norm(self) -> Float32[Tensor, ""]:
+        """L2 norm of this optimizer step's gradients, before clipping; computed once a step."""
+        if self._norm_of_step is None:
+            if self._sharded is None:
+                found = [p.grad for p in self.parameters() if p.grad is not None]
+                self._norm_of_step = nn.utils.get_total_norm(found)
+            else:
+                self._norm_of_step = self._sharded.gradient_norm()
+        return self._norm_of_step
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -97,11 +110,12 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         """Clip by the global norm, and keep the norm before clipping: it is a metric."""
         limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        self._grad_norm = self.gradient_norm()
+        self._norm_of_step = None
         if self._sharded is None:
             trained = [p for p in self.parameters() if p.requires_grad]
-            self._grad_norm = nn.utils.clip_grad_norm_(trained, limit)
+            nn.utils.clip_grads_with_norm_(trained, limit, self._grad_norm)
         else:
-            self._grad_norm = self._sharded.gradient_norm()
             self._sharded.clip_gradients_to(limit, self._grad_norm)
         self._last_lr = optimizer.param_groups[0]["lr"]
 

@@ -29,6 +29,7 @@ class TrainingRows(Callback):
         position: `epoch`, `tokens_seen`, `packing_efficiency` after so many steps, from the plan.
         flops: floating-point operations of training on a batch, forward and backward.
         peak_flops: of one device, per second.
+        settle: called before a row is made, and raises if a step of it was no good.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class TrainingRows(Callback):
         position: Callable[[int], Mapping[str, float]] = lambda step: {},
         flops: Callable[[Batch], float] | None = None,
         peak_flops: float | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.every_steps, self.num_steps, self.position = every_steps, num_steps, position
-        self.flops, self.peak_flops = flops, peak_flops
+        self.flops, self.peak_flops, self.settle = flops, peak_flops, settle
         self._step = 0
         self._begun = self._paused = time.perf_counter()
         self._tokens, self._operations = 0, 0.0
@@ -74,6 +76,7 @@ class TrainingRows(Callback):
             self._write(trainer, cast(HasStepMetrics, pl_module))
 
     def _write(self, trainer: Trainer, module: HasStepMetrics) -> None:
+        self.settle()
         row = {
             **self.position(self._step),
             **module.take_metrics(),
