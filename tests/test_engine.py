@@ -231,22 +231,34 @@ def test_several_tasks_of_srun_are_refused_and_write_nothing(
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+SHELL = {"SLURM_NTASKS": "4"}  # of `salloc -n 4`, or a batch file
+ALONE = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}  # srun -n 1 --pty
+TASK = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+"""The second of two tasks of srun; each runs torchrun in these."""
+
+
 @pytest.mark.parametrize(
-    "around",
+    ("around", "rank", "starts"),
     [
-        {},
-        {"SLURM_NTASKS": "4"},  # the shell of `salloc -n 4`, or a batch file
-        {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun -n 1 --pty
-        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2"},  # a task's torchrun
+        ({}, 0, True),
+        (SHELL, 0, True),
+        (ALONE, 0, True),
+        (TASK | {"WORLD_SIZE": "2", "RANK": "0"}, 0, False),
+        (TASK | {"WORLD_SIZE": "2", "RANK": "1"}, 1, False),
     ],
     ids=str,
 )
 def test_one_process_in_an_allocation_and_torchruns_ranks_pass(
-    around: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    around: dict[str, str], rank: int, starts: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    """One process starts the ranks of its devices; torchrun's are the ranks themselves."""
     for name, value in around.items():
         monkeypatch.setenv(name, value)
     launch.refuse_several_tasks()
+    assert launch.rank() == rank
+    assert launch.needs_processes(config(*TWO)) is starts
+    if starts:
+        assert not launch.needs_processes(config("hardware=cpu"))
 
 
 @pytest.mark.parametrize("gpus", [0, 2])

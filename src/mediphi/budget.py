@@ -233,7 +233,7 @@ def _loss_bytes(model_config: Any, config: Config, device: Device, *, sizes: Siz
 
 def _tokens(config: Config) -> int:
     """Of a micro-batch at most: a prompt that is not shared stands in its row twice."""
-    stage = config.stage
+    stage = config.training
     times = 2 if isinstance(stage, DpoStage) and not stage.share_prompt else 1
     return times * config.hardware.micro_batch * stage.max_length
 

@@ -22,11 +22,10 @@ from mediphi.blocks import Blocks
 from mediphi.engine import Device
 from mediphi.evaluate.multiple_choice import EncodedQuestion, encode, judge
 from mediphi.evaluate.scores import Scored
-from mediphi.modules.losses import token_logps
+from mediphi.modules.row_logps import row_logps
 from mediphi.records import MultipleChoice
 
 TOKENS_PER_PASS = {"cuda": 32_768, "cpu": 2_048}
-CHUNK_TOKENS = 2048
 
 
 class Progress(NamedTuple):
@@ -179,24 +178,16 @@ def _progress(sets: EncodedSets, scored: Mapping[int, Scored]) -> dict[str, Prog
     return {name: Progress(*own) for name, own in counts.items()}
 
 
-@torch.inference_mode()
 def _logps(model: PreTrainedModel, sets: EncodedSets) -> Iterator[np.ndarray]:
     """Log-probabilities of each pass's `label_ids`, float32 `[option_tokens]`."""
-    kind, half = sets.device.type, sets.device.precision == "bf16-mixed"
     for one in sets.passes:
-        with torch.autocast(kind, torch.bfloat16, enabled=half):
-            hidden = model.get_decoder()(
-                input_ids=one.input_ids,
-                position_ids=one.position_ids,
-                use_cache=False,
-                **one.boundaries,
-            ).last_hidden_state[0]
-            logps = token_logps(
-                hidden.index_select(0, one.logit_index),
-                model.get_output_embeddings().weight,  # type: ignore[union-attr]
-                one.label_ids,
-                chunk_tokens=CHUNK_TOKENS,
-            )
+        logps = row_logps(
+            model,
+            {"input_ids": one.input_ids, "position_ids": one.position_ids} | one.boundaries,
+            index=one.logit_index,
+            label_ids=one.label_ids,
+            autocast=sets.device.precision == "bf16-mixed",
+        )
         yield logps.float().cpu().numpy()
 
 

@@ -1,6 +1,6 @@
 """README.md of a merge: a model card with its recipe, its parents' hashes and their licences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -9,6 +9,7 @@ from mediphi.artifacts import write_atomic
 from mediphi.config.corpus import Licence
 from mediphi.config.methods import METHODS
 from mediphi.markdown import USE, table, terms
+from mediphi.origins import Licences, hub_names, licences_behind
 from mediphi.sources import BASE, Sources, licences_of
 
 UNKNOWN = "no manifest: licence unknown, ask whoever published it"
@@ -34,10 +35,12 @@ def write_merge_card(
         recipe_yaml: the merge in mergekit's words.
         tables: of what the merge was scored on.
     """
+    told = licences_behind(sources.folders)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": [str(one) for one in sources.folders.values()],
+        **told.front(),
+        "base_model": hub_names(sources.folders),
         "base_model_relation": "merge",
         "tags": ["mediphi", "merge", "mergekit", method],
     }
@@ -52,6 +55,9 @@ def write_merge_card(
         table(("", ""), list(facts.items())),
         "## Models\n",
         table(("name", "folder", "sha256"), [_row(sources, name) for name in sources.folders]),
+        "## Licences\n",
+        table(("model", "licence, with its data's"), list(_licence_rows(told))),
+        _conclusion(told),
         "## Licences of the data behind them\n",
         table(
             ("source", "licence", "terms"),
@@ -67,6 +73,23 @@ def write_merge_card(
         USE,
     ]
     write_atomic(folder / "README.md", "\n".join(parts))
+
+
+def _licence_rows(told: Licences) -> Iterator[tuple[str, str]]:
+    for name, own in told.by_model.items():
+        yield name, ", ".join(sorted(own)) or "unknown"
+
+
+def _conclusion(told: Licences) -> str:
+    """What the front matter says of a licence, in words."""
+    if told.unknown:
+        return (
+            f"No licence is given to this model: {', '.join(told.unknown)} and what came before "
+            "do not all state one.\n"
+        )
+    if told.front() == {"license": "other"}:
+        return "They differ: what you may do with this model has to obey all of them.\n"
+    return "They are all alike.\n"
 
 
 def _row(sources: Sources, name: str) -> tuple[str, str, str]:

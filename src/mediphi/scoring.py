@@ -11,11 +11,10 @@ from mediphi.backbone import BackboneSpec, build_model
 from mediphi.batches import IGNORE, TokenBatch
 from mediphi.engine import Device
 from mediphi.evaluate.multiple_choice import ScoredQuestion, TokenLogps, score
-from mediphi.modules.losses import token_logps
+from mediphi.modules.row_logps import row_logps
 from mediphi.records import MultipleChoice
 
 TOKENS_PER_PASS = 8192
-CHUNK_TOKENS = 2048
 
 
 def score_quiz(
@@ -41,25 +40,18 @@ def packed_logps(model: PreTrainedModel, device: Device) -> TokenLogps:
 
     float32 weights and, where the training uses it, the same bf16 autocast.
     """
-    kernel = device.kernel
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.precision == "bf16-mixed")
+    autocast = device.precision == "bf16-mixed"
 
-    @torch.inference_mode()
     def logps(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         batch = _flat(sequences).to(device.type)
-        with autocast:
-            hidden = model.get_decoder()(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **attention.boundaries(batch, kernel),
-            ).last_hidden_state[0]
-            flat = token_logps(
-                hidden.index_select(0, batch.target_index),
-                model.get_output_embeddings().weight,  # type: ignore[union-attr]
-                batch.label_ids,
-                chunk_tokens=CHUNK_TOKENS,
-            )
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        flat = row_logps(
+            model,
+            inputs | attention.boundaries(batch, device.kernel),
+            index=batch.target_index,
+            label_ids=batch.label_ids,
+            autocast=autocast,
+        )
         ends = np.cumsum([n - 1 for n in batch.lengths])
         return np.split(flat.cpu().numpy(), ends[:-1])
 

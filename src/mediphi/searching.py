@@ -9,6 +9,7 @@ import math
 import re
 import time
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from mediphi import engine, tracking
@@ -20,7 +21,8 @@ from mediphi.config.methods import METHODS, Parameter
 from mediphi.config.schema import Config
 from mediphi.config.stages import SearchStage
 from mediphi.config.validation import Validation
-from mediphi.data.validation_sets import ValidationSet, build_sets, fingerprint_of
+from mediphi.data.validation_cache import known_sets
+from mediphi.data.validation_sets import ValidationSet, fingerprint_of
 from mediphi.errors import UserError
 from mediphi.launch import RunResult
 from mediphi.merge.engine import open_parents
@@ -35,6 +37,7 @@ from mediphi.merge.search import (
 )
 from mediphi.merge.search.genomes import merge_of
 from mediphi.merge.search.page import write_search_page
+from mediphi.merge_card import Table
 from mediphi.merging import (
     Published,
     check_settings,
@@ -73,7 +76,7 @@ def search_merge(config: Config) -> RunResult:
         raise UserError(f"stage.layer_groups={stage.layer_groups}: the models have {most} layers")
     begins = merge_of(merge, space, space.decode(space.start), num_layers=most)
     check_settings(begins, sources)
-    sets = build_sets(validation, seed=config.seed)
+    sets = known_sets(validation, seed=config.seed, cache=Path(config.paths.cache))
     if config.check_only:
         show_plan(config, merge, sources)
         _tell(space, sets, stage)
@@ -98,7 +101,9 @@ def search_merge(config: Config) -> RunResult:
         },
     )
     published = Published(winner, sources, text, facts, time.monotonic() - started)
-    return publish_merge(config, published, metrics=told, tables=[_table(found, sets)])
+    return publish_merge(
+        config, published, metrics=told, tables=[_table(found, sets), _worth(found)]
+    )
 
 
 def _sections(config: Config) -> tuple[SearchStage, Merge, Validation]:
@@ -258,7 +263,7 @@ def _metrics(found: SearchResult) -> dict[str, Any]:
     }
 
 
-def _table(found: SearchResult, sets: list[ValidationSet]) -> tuple[str, list[tuple[object, ...]]]:
+def _table(found: SearchResult, sets: list[ValidationSet]) -> Table:
     """The winner's scores, as the model card shows them."""
     searched, held = found.winner.evaluation, found.winner.holdout
     assert searched is not None
@@ -269,9 +274,29 @@ def _table(found: SearchResult, sets: list[ValidationSet]) -> tuple[str, list[tu
     rows.append(
         ("mean", _percent(searched.fitness), "-" if held is None else _percent(held.fitness))
     )
-    if found.corrected is not None:
-        rows.append(("mean, corrected for the choice", _interval(found.corrected), ""))
     return "The winner on the validation sets", rows
+
+
+def _worth(found: SearchResult) -> Table:
+    """What is left of the winner's score once luck is taken off, for the model card."""
+    rows: list[tuple[object, ...]] = [
+        ("what the score is worth", "mean of the sets, 95 % interval")
+    ]
+    assert found.winner.fitness is not None
+    rows.append(("search part, which chose it", _percent(found.winner.fitness)))
+    if found.corrected is not None:
+        lost = 100 * (found.winner.fitness - found.corrected.mean)
+        rows += [
+            ("search part, corrected for the choice", _interval(found.corrected)),
+            ("correction", f"{-lost:+.1f} points"),
+        ]
+    if found.holdout is not None and found.gap is not None:
+        rows += [
+            ("hold-out part, which chose nothing", _interval(found.holdout)),
+            ("gap: search part less hold-out part", f"{100 * found.gap:+.1f} points"),
+        ]
+    rows.append(("candidates scored", f"{len(found.records):,}"))
+    return "What that is worth", rows
 
 
 def _percent(value: float) -> str:

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from mediphi.config.corpus import Corpus
-from mediphi.config.validation import TEST_REFUSED, Validation, names_a_test_split
+from mediphi.config.splits import TEST_REFUSED
+from mediphi.config.validation import Validation
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "validation"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -51,6 +52,7 @@ def test_the_files_are_those_that_are_promised() -> None:
         ({"split": "test"}, f"split: {TEST_REFUSED}"),
         ({"path": "medqa_test.jsonl"}, f"path: {TEST_REFUSED}"),
         ({"path": "questions/test/part-0.jsonl"}, f"path: {TEST_REFUSED}"),
+        ({"path": "/data/medqa_test/*.jsonl"}, f"path: {TEST_REFUSED}"),
     ],
 )
 def test_a_test_split_is_refused_in_one_line(keys: dict[str, str], fault: str) -> None:
@@ -62,24 +64,6 @@ def test_a_test_split_is_refused_in_one_line(keys: dict[str, str], fault: str) -
     assert error["msg"] == fault and "\n" not in fault
 
 
-TEST_NAMES = """
-test.jsonl medqa_test.jsonl.gz a/TestSet-1.csv test_ground_truth.json test/x.jsonl testset/x.jsonl
-MTS-Dialog-TestSet-2.csv test x-testing.jsonl MedQATest.jsonl medqaTestSet.jsonl
-"""
-
-
-@pytest.mark.parametrize("path", TEST_NAMES.split())
-def test_a_name_of_a_test_split_is_known(path: str) -> None:
-    assert names_a_test_split(path)
-
-
-@pytest.mark.parametrize(
-    "path", ["latest.jsonl", "contest/a.jsonl", "validation", "lab_tests.jsonl", "attested.jsonl"]
-)
-def test_other_names_pass(path: str) -> None:
-    assert not names_a_test_split(path)
-
-
 @pytest.mark.parametrize(
     ("validation", "source", "fault"),
     [
@@ -88,6 +72,11 @@ def test_other_names_pass(path: str) -> None:
         (
             made("codes"),
             {"kind": "hub", "repo_id": "a/b", "split": "test", "path": None},
+            f"notes: {TEST_REFUSED}",
+        ),
+        (
+            made("codes"),
+            {"kind": "hub", "repo_id": "a/b", "subset": "medqa_test", "path": None},
             f"notes: {TEST_REFUSED}",
         ),
         (made(), {"format": "messages"}, "are made from texts; take a corpus of texts"),

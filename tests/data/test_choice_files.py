@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mediphi.config.validation import TEST_REFUSED
+from mediphi.config.splits import TEST_REFUSED
 from mediphi.data.choice_files import read_questions
 from mediphi.errors import DataError
 
@@ -104,6 +104,27 @@ def test_a_file_of_a_test_split_in_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as told:
         list(read_questions(str(tmp_path)))
     assert str(told.value) == f"{path}: {TEST_REFUSED}"
+
+
+@pytest.mark.parametrize("name", ["test", "medqa_test", "MedQATest/en", "a/test-set/b"])
+@pytest.mark.parametrize("given", ["folder", "glob", "one folder above"])
+def test_a_folder_of_a_test_split_is_refused_wherever_it_lies_below(
+    tmp_path: Path, name: str, given: str
+) -> None:
+    root = tmp_path / "questions"
+    (root / name).mkdir(parents=True)
+    path = write(root / name, GOOD)
+    places = {"folder": root, "glob": root / "**" / "*.jsonl", "one folder above": tmp_path}
+    with pytest.raises(DataError) as told:
+        list(read_questions(str(places[given])))
+    assert str(told.value) == f"{path}: {TEST_REFUSED}"
+
+
+def test_files_in_a_folder_of_pytest_are_read(tmp_path: Path) -> None:
+    assert tmp_path.name.startswith("test_")
+    path = write(tmp_path, GOOD, name="latest.jsonl")
+    for given in (path, tmp_path, tmp_path / "*.jsonl"):
+        assert len(list(read_questions(str(given)))) == 1
 
 
 def test_no_file_and_an_empty_one_are_told(tmp_path: Path) -> None:

@@ -73,13 +73,31 @@ def test_the_card_names_every_parent_its_hash_and_its_licences(
 ) -> None:
     card = (crumbs.run_dir / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("---\n", 1)
-    assert yaml.safe_load(front)["base_model"] == [str(own / "model") for own in models]
+    told = yaml.safe_load(front)
+    assert told["base_model"] == ["base", "a", "b"]  # no hub knows them, and nobody our folders
+    assert "license" not in told and "No licence is given to this model: base, a, b " in body
     for path in models:
         assert manifest_hash(path)[:16] in body
     assert "| corpus a | CC0 | commercial use |" in body
     assert "| corpus b | CC-BY-SA-4.0 | commercial use, share alike |" in body
     assert (crumbs.run_dir / "merge.yml").read_text() in body
     assert "None" not in card
+
+
+def test_the_card_has_the_licence_that_all_state(
+    near: Place, models: Models, tmp_path: Path
+) -> None:
+    theirs = plain(models, tmp_path)
+    for place, name in zip(theirs, ("mit", "mit", "apache-2.0"), strict=True):
+        (place / "README.md").write_text(f"---\nlicense: {name}\nbase_model: owner/phi\n---\n")
+    for command in (theirs.slerp("name=slerp"), theirs.crumbs("name=crumbs")):
+        assert near.run(*command, f"merge.base={theirs.base}").code == 0
+    folders = [near.runs / "merge" / name for name in ("slerp", "crumbs")]
+    cards = [(folder / "README.md").read_text() for folder in folders]
+    fronts = [yaml.safe_load(card.split("---\n")[1]) for card in cards]
+    assert [front["license"] for front in fronts] == ["mit", "other"]
+    assert all(front["base_model"] == ["owner/phi"] for front in fronts)
+    assert "| b | apache-2.0 |" in cards[1] and "They differ" in cards[1]
 
 
 def test_the_last_lines_name_path_hash_and_next_command(crumbs: Finished) -> None:

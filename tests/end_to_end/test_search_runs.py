@@ -150,9 +150,18 @@ def test_the_card_tells_the_scores_and_the_recipe_is_merged_alike(
     searched: Finished, near: Place
 ) -> None:
     card = (searched.run_dir / "README.md").read_text()
-    fitness = found_in(searched.run_dir)["fitness"]
-    assert f"| mean | {100 * fitness:.1f} % |" in card
-    assert "| mean, corrected for the choice |" in card
+    found = found_in(searched.run_dir)
+    held, corrected = found["holdout"], found["corrected"]
+
+    def interval(one: dict[str, float]) -> str:
+        return f"{100 * one['mean']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+
+    assert f"| mean | {100 * found['fitness']:.1f} % | {100 * held['mean']:.1f} % |" in card
+    assert f"| hold-out part, which chose nothing | {interval(held)} |" in card
+    assert f"| search part, corrected for the choice | {interval(corrected)} |" in card
+    assert f"| correction | {100 * (corrected['mean'] - found['fitness']):+.1f} points |" in card
+    assert f"| gap: search part less hold-out part | {100 * found['gap']:+.1f} points |" in card
+    assert held["low"] < held["mean"] < held["high"]
     recipe = f"merge.config={searched.run_dir / 'merge.yml'}"
     again = run_of(near, ["stage=merge", "merge=mergekit", recipe])
     assert weights(again.run_dir) == weights(searched.run_dir)

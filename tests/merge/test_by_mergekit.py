@@ -1,9 +1,12 @@
 """Around mergekit's own merge: stop ids, numbers that are not finite, what kills leave."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import killed_merges
 import pytest
 import torch
 import yaml
@@ -57,6 +60,31 @@ def test_what_a_killed_attempt_has_published_is_made_anew(
     after = tensors_of(tmp_path / "model")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not (tmp_path / "model" / "left.txt").exists()
+
+
+def test_what_a_killed_attempt_has_left_goes_with_the_next_start(
+    models: list[Path], tmp_path: Path
+) -> None:
+    partial = tmp_path / "scratch" / by_mergekit.PARTIAL
+    (partial / "deeper").mkdir(parents=True)
+    (partial / "model-00009-of-00009.safetensors").write_bytes(b"half")
+    merged(models, tmp_path)
+    left = {path.name for path in (tmp_path / "model").iterdir()}
+    assert not {"deeper", "model-00009-of-00009.safetensors"} & left
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_kill_9_at_every_step_and_within_every_shard(models: list[Path], tmp_path: Path) -> None:
+    """What is published is bitwise the undisturbed model, or not there; asserted in the program."""
+    program = Path(killed_merges.__file__).with_name("killed_mergekit_merges.py")
+    command = [sys.executable, program, *models, tmp_path]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=280, check=True)
+    report = json.loads(done.stdout)
+    states = report["states"]
+    assert states["within: no model"] == report["num_shards"] == 3
+    assert states["step: no model"] > 20 and states["not killed"] == 1
+    assert states["step: whole"] >= 1 and states["over: whole"] >= 1 <= states["over: no model"]
 
 
 def test_a_parent_that_is_not_finite_is_named_and_nothing_published(

@@ -1,29 +1,14 @@
 """Schema of validation sets: the multiple-choice questions that a search of merges is led by."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from mediphi.config.corpus import Corpus, FileSource, HubSource, Licence, Source
+from mediphi.config.splits import TEST_REFUSED, names_a_test_split
 from mediphi.config.strict import BrokenRule, Strict
 from mediphi.records import Difficulty
-
-TEST_REFUSED = "searching against a test split is refused; take training or validation items"
-_TEST_NAME = re.compile(
-    r"(?i:(?:^|[^a-z])test(?:set|ing|data)?(?:[^a-z]|$))|[A-Za-z0-9]Test(?:Set)?(?![a-z])"
-)
-
-
-def names_a_test_split(path: str) -> bool:
-    """Whether a file's name, its folder's or a split's says that it is for testing.
-
-    `medqa_test.jsonl`, `TestSet-1.csv` and `test/part-0.jsonl` do, `latest.jsonl` does not.
-    """
-    folder, _, name = path.rstrip("/").rpartition("/")
-    parent = folder.rpartition("/")[2].lower()
-    return bool(_TEST_NAME.search(name)) or parent in ("test", "tests", "testset")
 
 
 class SetBase(Strict):
@@ -122,5 +107,5 @@ class Validation(Strict):
 
 def _is_test(source: Source) -> bool:
     if isinstance(source, HubSource):
-        return names_a_test_split(source.split)
+        return names_a_test_split(source.split) or names_a_test_split(source.subset or "")
     return isinstance(source, FileSource) and names_a_test_split(source.path)

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
-from mediphi.config.validation import TEST_REFUSED, names_a_test_split
+from mediphi.config.splits import TEST_REFUSED, names_a_test_split
 from mediphi.data.bad_rows import BadRows, one_line
 from mediphi.data.sources.bundled import content_key
 from mediphi.data.sources.checked import checked_key, checked_text, value_of
 from mediphi.data.sources.files import find_files
 from mediphi.data.sources.jsonl import json_rows
+from mediphi.data.refused_files import refuse_test_name
 from mediphi.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -47,9 +48,9 @@ def read_questions(path: str) -> Iterator[Row]:
         DataError: nothing there, a damaged file, a bad row, or one of a test split.
     """
     bad_rows, seen = BadRows("strict"), set[str]()
+    refuse_test_name(path)
     for file in find_files(path, SUFFIXES):
-        if names_a_test_split(str(file.path)):
-            raise DataError(one_line(f"{file.path}: {TEST_REFUSED}"))
+        refuse_test_name(file.key, path=file.path)
         for line, content in json_rows(file.path, bad_rows):
             try:
                 row = _row(content, key=f"{file.key}:{line}")

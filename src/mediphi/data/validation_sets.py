@@ -26,6 +26,7 @@ from mediphi.data.choice_candidates import (
 from mediphi.data.choice_files import Row, read_questions
 from mediphi.data.corpora import CorpusReading, Side, read_documents
 from mediphi.data.selection import hash_number
+from mediphi.data.refused_files import refuse_test_files
 from mediphi.errors import UserError
 from mediphi.records import Document, MultipleChoice
 
@@ -69,6 +70,7 @@ def build_sets(
     corpus = validation.corpus
     if corpus is None or not validation.reads_documents:
         return sets_of(validation, lambda _: (), guarded=set(), seed=seed)
+    refuse_test_files(validation)
     guarded = {n for n, source in corpus.sources.items() if not source.licence.may_be_shown}
     with read_documents(corpus, spool_folder=spool_folder) as reading:
         documents = _documents_of(reading)

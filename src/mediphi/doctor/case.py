@@ -41,7 +41,8 @@ class Case:
         assert isinstance(config.stage, DoctorStage)
         self.config = config
         self.stage = config.stage
-        self.assumed = config.model_copy(update={"stage": assumed_stage(config)})
+        stage = assumed_stage(config, max_length=self.stage.max_length)
+        self.assumed = config.model_copy(update={"stage": stage})
         self._made: dict[str, Any] = {}
         self._failed: set[str] = set()
         self._stack = ExitStack()
@@ -137,12 +138,9 @@ class Case:
         return self._made[name]
 
 
-def assumed_stage(config: Config) -> Training:
+def assumed_stage(config: Config, *, max_length: int) -> Training:
     """The training stage that reads such records: PIT (whose second phase DAPT is a part of)..."""
-    common: dict[str, Any] = {
-        "global_batch": config.rows_per_pass,
-        "max_length": config.stage.max_length,
-    }
+    common: dict[str, Any] = {"global_batch": config.rows_per_pass, "max_length": max_length}
     phase = Phase(lr=1e-3)
     if config.corpus.record_kind == "conversation":
         return SftStage(kind="sft", phase=phase, **common)
