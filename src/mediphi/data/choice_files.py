@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 from mediphi.config.splits import TEST_REFUSED, names_a_test_split
 from mediphi.data.bad_rows import BadRows, one_line
+from mediphi.data.refused_files import refuse_test_name
 from mediphi.data.sources.bundled import content_key
 from mediphi.data.sources.checked import checked_key, checked_text, value_of
 from mediphi.data.sources.files import find_files
 from mediphi.data.sources.jsonl import json_rows
-from mediphi.data.refused_files import refuse_test_name
 from mediphi.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -25,8 +25,8 @@ from mediphi.data.choice_candidates import (
 )
 from mediphi.data.choice_files import Row, read_questions
 from mediphi.data.corpora import CorpusReading, Side, read_documents
-from mediphi.data.selection import hash_number
 from mediphi.data.refused_files import refuse_test_files
+from mediphi.data.selection import hash_number
 from mediphi.errors import UserError
 from mediphi.records import Document, MultipleChoice
 
