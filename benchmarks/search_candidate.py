@@ -1,13 +1,16 @@
-"""What a candidate of a search costs before it is scored: built in memory, against mergekit's way.
+"""What a candidate of a search costs: built in memory and scored, against mergekit's way.
 
-python benchmarks/search_candidate.py [--methods breadcrumbs ties] [--models 4] [--candidates 4]
+python benchmarks/search_candidate.py [--methods breadcrumbs ties] [--models 5] [--candidates 4]
 
-Ours: `merge.candidates.Candidates` over checkpoints of half a billion parameters, one thread (or
-with `--device cuda` a GPU, which has not been measured); the
-deltas and the order of their magnitudes are made once (told apart), then a new density, gamma and
-weight for every candidate. mergekit 0.1.5, as its evolutionary search does without vLLM in memory:
-merge to disk, then load the files; in one process, imports not counted. Ratios of CPU-seconds
-(user+sys). Checkpoints as in `merge.py`. One JSON line a method, printed and written to
+Ours: `merge.candidates.Candidates` over checkpoints of half a billion parameters (with `--device
+cuda` on a GPU, which has not been measured); what all candidates share is made once (told apart),
+then a new density, gamma and weight for every candidate, written over the model in memory, which
+answers questions of the default validation sets. mergekit 0.1.5, as its evolutionary search does
+without vLLM: merge to disk, load the folder by transformers, score by lm-evaluation-harness
+(`pip install lm-eval==0.4.13`). Each side in a process of its own, imports not counted. Both score
+the same tokens of the same questions with weights in bfloat16. Ratios mergekit / ours of
+CPU-seconds (user+sys) and seconds, of the merge alone (here build, there merge, write and load) and
+of all. Checkpoints as in `merge.py`. One JSON line a method, printed and written to
 `results/search_candidate.jsonl`, where others' lines stay.
 """
 
@@ -29,15 +32,17 @@ from typing import Any
 import merge as checkpoints
 
 RESULTS = checkpoints.ROOT / "benchmarks" / "results" / "search_candidate.jsonl"
+PARTS = ("merge", "score", "whole")
 DENSITIES = (0.5, 0.35, 0.8, 0.2, 0.65, 0.95)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["breadcrumbs", "ties"])
-    parser.add_argument("--models", type=int, default=4)
+    parser.add_argument("--models", type=int, default=5)
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--theirs", type=int, default=1, help="candidates of mergekit")
+    parser.add_argument("--questions", type=int, default=4, help="of each validation set")
     parser.add_argument("--layers", type=int, default=checkpoints.LAYERS)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -48,15 +53,13 @@ def main() -> None:
         names = ["base", *(f"expert{n}" for n in range(arguments.models))]
         count = checkpoints.write_checkpoints(folder, names, layers=arguments.layers)
         for method in arguments.methods:
-            if arguments.side:
-                if arguments.side == "ours":
-                    device, number = arguments.device, arguments.candidates
-                    told = ours(folder, names, method, count=number, device=device)
-                else:
-                    told = theirs(folder, names, method, count=arguments.theirs)
-                print(json.dumps(told))
-                continue
-            keep({"method": method, "parameters": count, **compare(folder, method, sys.argv[1:])})
+            if arguments.side == "ours":
+                print(json.dumps(ours(folder, names, method, arguments)))
+            elif arguments.side == "mergekit":
+                print(json.dumps(theirs(folder, names, method, arguments)))
+            else:
+                line = compare(folder, method, sys.argv[1:])
+                keep({"method": method, "parameters": count, **line})
 
 
 def compare(folder: Path, method: str, given: list[str]) -> dict[str, Any]:
@@ -68,21 +71,22 @@ def compare(folder: Path, method: str, given: list[str]) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(done.stderr.decode()[-800:])
         found[side] = json.loads(done.stdout.decode().splitlines()[-1])
-    median = statistics.median
-    cpu = {side: median(found[side]["cpu"]) for side in found}
-    wall = {side: median(found[side]["wall"]) for side in found}
-    return {
-        **found,
-        **{f"cpu_{side}": cpu[side] for side in cpu},
-        "prepared_cpu": found["ours"]["prepared"][0],
-        "cpu_ratio": round(cpu["mergekit"] / cpu["ours"], 1),
-        "wall_ratio": round(wall["mergekit"] / wall["ours"], 1),
-        "environment": {
-            "versions": {name: version(name) for name in checkpoints.PACKAGES},
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "load_average_before": round(load, 2),
-        },
+    told: dict[str, Any] = {**found}
+    for kind in ("cpu", "wall"):
+        for part in PARTS:
+            own = {s: statistics.median(one[part][kind] for one in found[s]["laps"]) for s in found}
+            told |= {f"{part}_{kind}_{side}": value for side, value in own.items()}
+            told[f"{part}_{kind}_ratio"] = round(own["mergekit"] / own["ours"], 1)
+    first = [found[side]["logps"] for side in ("ours", "mergekit")]
+    told["largest_logp_difference"] = max(abs(x - y) for x, y in zip(*first, strict=True))
+    told["environment"] = {
+        "versions": {name: version(name) for name in (*checkpoints.PACKAGES, "lm-eval")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_average_before": round(load, 2),
+    }
+    return {key: value for key, value in told.items() if key not in ("ours", "mergekit")} | {
+        side: {k: v for k, v in one.items() if k != "logps"} for side, one in found.items()
     }
 
 
@@ -97,53 +101,98 @@ def settings(method: str, number: int) -> dict[str, float]:
     return known
 
 
-def ours(folder: Path, names: list[str], method: str, *, count: int, device: str) -> dict[str, Any]:
+def questions(count: int) -> list[Any]:
+    """The first of each default validation set's search part."""
+    from merged_experts import composed
+
+    from mediphi.data.validation_sets import build_sets
+
+    config = composed()
+    sets = build_sets(config.validation, seed=config.seed)
+    return [question for one in sets for question in one.search[:count]]
+
+
+def ours(folder: Path, names: list[str], method: str, options: argparse.Namespace) -> Any:
     import torch
 
+    from mediphi import engine
+    from mediphi.backbone import BackboneSpec, build_model, load_tokenizer, original_positions
+    from mediphi.candidate_bench import targets_of
+    from mediphi.fitness import encode_sets, score_sets
     from mediphi.merge.candidates import Candidates
     from mediphi.merge.engine import Job, open_parents
 
-    torch.set_num_threads(1)
+    asked = questions(options.questions)
+    kernel = "sdpa" if options.device == "cpu" else "varlen"
+    device = engine.Device(options.device, "benchmark", "bf16-mixed", kernel)
     models = {name: folder / name for name in names[1:]}
-    job = Job(
-        method=method,
-        models=models,
-        base=folder / "base",
-        dtype="bfloat16",
-        device="cuda" if device == "cuda" else "cpu",
+    job = Job(method, models, base=folder / "base", dtype="bfloat16", device=options.device)
+    base = str(folder / "base")
+    spec = BackboneSpec(folder=base, init="pretrained", revision="main", kernel=device.kernel)
+    model = build_model(spec).to(options.device).eval()
+    sets = encode_sets(
+        {"all": asked},
+        tokenizer=load_tokenizer(base),
+        device=device,
+        long_above=original_positions(model.config),
     )
     parents = open_parents(job)
-    first = parents.checkpoints[0]
-    targets = {
-        name: torch.empty(own.shape, dtype=torch.bfloat16, device=device)
-        for name, own in first.tensors.items()
-    }
-    clock = Clock()
+    targets = targets_of(model, parents, job)
+    clock, laps, logps = Clock(), [], []
     candidates = Candidates(job, parents, targets)
     prepared = clock.lap()
-    costs = []
-    for number in range(count):
+    for number in range(options.candidates):
         values = {
             name: (value,) * len(models) if name in ("weight", "density", "gamma") else value
             for name, value in settings(method, number).items()
         }
         clock.lap()
         candidates.build(lambda _, values=values: values)
-        if device == "cuda":
+        if options.device == "cuda":
             torch.cuda.synchronize()
-        costs.append(clock.lap())
-    kept = candidates.keeps_deltas
+        built = clock.lap()
+        score_sets(model, sets)
+        laps.append(of_parts(built, clock.lap()))
+        if number == 0:
+            logps = option_logps(model, sets)
+    kept = {"deltas": candidates.keeps_deltas, "order": candidates.keeps_order}
     candidates.close()
-    return {"prepared": prepared, "kept_deltas": kept, **split(costs)}
+    return {"prepared": prepared, "kept": kept, "laps": laps, "logps": logps}
 
 
-def theirs(folder: Path, names: list[str], method: str, *, count: int) -> dict[str, Any]:
+def option_logps(model: Any, sets: Any) -> list[float]:
+    """The sum of each option's token log-probabilities, question by question."""
+    import numpy as np
+
+    from mediphi.fitness import _logps
+
+    found: dict[int, list[float]] = {}
+    for one, logps in zip(sets.passes, _logps(model, sets), strict=True):
+        sums = iter([float(row.sum()) for row in np.split(logps, np.cumsum(one.lengths)[:-1])])
+        for place in one.places:
+            found[place] = [next(sums) for _ in sets.questions[place].options]
+    return [value for place in sorted(found) for value in found[place]]
+
+
+def theirs(folder: Path, names: list[str], method: str, options: argparse.Namespace) -> Any:
+    import torch
+    from lm_eval.models.huggingface import HFLM
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
-    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
-    target, costs, clock = folder / "mergekit_candidate", [], None
-    for number in range(count):
+    from mediphi.backbone import load_tokenizer
+    from mediphi.evaluate.multiple_choice import encode
+
+    tokenizer = load_tokenizer(str(folder / "base"))
+    encoded = [encode(one, tokenizer=tokenizer) for one in questions(options.questions)]
+    requests = [
+        (("", ""), list(ids[: one.num_shared]), list(ids[one.num_shared :]))
+        for one in encoded
+        for ids in one.sequences
+    ]
+    target, laps, logps = folder / "mergekit_candidate", [], []
+    for number in range(options.theirs):
         shutil.rmtree(target, ignore_errors=True)
         body = {
             "merge_method": method,
@@ -154,13 +203,26 @@ def theirs(folder: Path, names: list[str], method: str, *, count: int) -> dict[s
             "out_dtype": "bfloat16",
         }
         clock = Clock()
-        options = MergeOptions(write_model_card=False, copy_tokenizer=False, quiet=True)
-        run_merge(MergeConfiguration.model_validate(body), str(target), options)
-        for file in target.glob("*.safetensors"):
-            load_file(file)
-        costs.append(clock.lap())
+        merging = MergeOptions(write_model_card=False, quiet=True)
+        run_merge(MergeConfiguration.model_validate(body), str(target), merging)
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+        peer = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=8)
+        built = clock.lap()
+        answers = peer._loglikelihood_tokens(requests, disable_tqdm=True)
+        laps.append(of_parts(built, clock.lap()))
+        if number == 0:
+            logps = [value for value, _ in answers]
     shutil.rmtree(target)
-    return split(costs)
+    return {"laps": laps, "logps": logps}
+
+
+def of_parts(
+    built: tuple[float, float], scored: tuple[float, float]
+) -> dict[str, dict[str, float]]:
+    """CPU-seconds and seconds of each of PARTS."""
+    whole = (built[0] + scored[0], built[1] + scored[1])
+    values = zip(PARTS, (built, scored, whole), strict=True)
+    return {part: {"cpu": round(c, 2), "wall": round(w, 2)} for part, (c, w) in values}
 
 
 class Clock:
@@ -177,10 +239,6 @@ class Clock:
     def _now() -> tuple[float, float]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return usage.ru_utime + usage.ru_stime, time.perf_counter()
-
-
-def split(costs: list[tuple[float, float]]) -> dict[str, list[float]]:
-    return {"cpu": [cpu for cpu, _ in costs], "wall": [wall for _, wall in costs]}
 
 
 def keep(line: dict[str, Any]) -> None:

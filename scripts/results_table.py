@@ -76,7 +76,8 @@ COLUMNS = {
         "path strategy runs kills_of_rank_1 kills_of_rank_0 kills_with_half_written_files starts "
         "equal machine"
     ),
-    "search_candidate": "method cpu_ratio cpu_ours cpu_mergekit prepared_cpu parameters",
+    "search_candidate": "method merge_cpu_ratio merge_cpu_ours merge_cpu_mergekit whole_cpu_ratio "
+    "whole_cpu_ours whole_cpu_mergekit score_cpu_ratio",
     "startup": "figure cpu_seconds bare_hydra_cpu_seconds ratio ratio_range",
 }
 """What the README shows of a benchmark; everything stands in the file."""
