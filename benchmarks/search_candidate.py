@@ -27,7 +27,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import merge as checkpoints
 
@@ -206,7 +206,9 @@ def theirs(folder: Path, names: list[str], method: str, options: argparse.Namesp
         merging = MergeOptions(write_model_card=False, quiet=True)
         run_merge(MergeConfiguration.model_validate(body), str(target), merging)
         model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
-        peer = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=8)
+        peer: Any = cast(Any, HFLM)(
+            pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=8
+        )
         built = clock.lap()
         answers = peer._loglikelihood_tokens(requests, disable_tqdm=True)
         laps.append(of_parts(built, clock.lap()))
