@@ -129,7 +129,7 @@ def ours(folder: Path, names: list[str], method: str, options: argparse.Namespac
     job = Job(method, models, base=folder / "base", dtype="bfloat16", device=options.device)
     base = str(folder / "base")
     spec = BackboneSpec(folder=base, init="pretrained", revision="main", kernel=device.kernel)
-    model = build_model(spec).to(options.device).eval()
+    model = build_model(spec).eval().to(torch.device(options.device))
     sets = encode_sets(
         {"all": asked},
         tokenizer=load_tokenizer(base),
