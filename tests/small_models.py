@@ -1,13 +1,16 @@
-"""Small Phi-3 models and packed batches, for the tests of training."""
+"""Small Phi-3 models, packed batches and varlen attention, for the tests of training."""
 
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from mediphi.batches import IGNORE, TokenBatch
@@ -95,3 +98,34 @@ def packed(documents: Sequence[torch.Tensor], *, num_global_targets: int | None 
         num_global_targets=num_global_targets or sum(lengths) - len(lengths),
         document_index=torch.arange(len(lengths)),
     )
+
+
+def reference_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` documents, sequence by sequence."""
+    assert query.dtype in (torch.bfloat16, torch.float16)  # the kernel has no float32
+    assert window_size == (-1, 0)  # everything before, nothing after: causal
+    assert query.shape[1] == key.shape[1] == value.shape[1]  # all that every torch has
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and len(key) == len(value)
+    parts = []
+    for (a, b), (c, d) in zip(
+        pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True
+    ):
+        q, k, v = (x.transpose(0, 1).double() for x in (query[a:b], key[c:d], value[c:d]))
+        # causal, as flash attention has it: the last query sees the last key
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts).to(query.dtype)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import VOCAB, packed, random_documents, small_model
+from small_models import VOCAB, packed, random_documents, reference_varlen, small_model
 from torch import Tensor
 from torch.nn.attention import varlen
 from toy_store import sized_store
@@ -172,37 +172,6 @@ def test_a_sequence_longer_than_the_sliding_window_is_refused_in_one_line():
 # --- the varlen kernel's arguments
 
 
-def reference_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` documents, sequence by sequence."""
-    assert query.dtype in (torch.bfloat16, torch.float16)  # the kernel has no float32
-    assert window_size == (-1, 0)  # everything before, nothing after: causal
-    assert query.shape[1] == key.shape[1] == value.shape[1]  # all that every torch has
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and len(key) == len(value)
-    parts = []
-    for (a, b), (c, d) in zip(
-        pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True
-    ):
-        q, k, v = (x.transpose(0, 1).double() for x in (query[a:b], key[c:d], value[c:d]))
-        # causal, as flash attention has it: the last query sees the last key
-        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        parts.append(out.transpose(0, 1))
-    return torch.cat(parts).to(query.dtype)
-
-
 @pytest.mark.parametrize("key_value_heads", [4, 2])
 def test_varlen_and_sdpa_give_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch, key_value_heads: int
@@ -238,7 +207,7 @@ def test_the_fake_names_its_arguments_as_torch_does():
     assert set(inspect.signature(reference_varlen).parameters) <= set(real)
 
 
-@pytest.mark.parametrize("fault", [{"dropout": 0.1}, {"cu_seq_lens_q": None}])
+@pytest.mark.parametrize("fault", [{"dropout": 0.1}, {"sealed": None}])
 def test_varlen_refuses_dropout_and_missing_boundaries(fault: dict[str, Any]):
     heads = torch.randn(1, 2, 5, 4)
     options = attention.boundaries(packed(random_documents([5])), "varlen") | fault
@@ -479,9 +448,12 @@ def test_a_batch_of_pairs_brings_the_boundaries_of_its_layout(
     else:
         expected = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), row.cu_parts)
         expected |= dict.fromkeys(("max_length_q", "max_length_k"), 62)
+        expected["num_tokens"] = row.input_ids.shape[1]
     if kernel == "sdpa":
         got, expected = (asdict(options["blocks"]) for options in (got, expected))
         assert got.pop("masks")[0] is expected.pop("masks")[0] is None
+    else:
+        got = got["sealed"].arguments
     torch.testing.assert_close(got, expected, atol=0, rtol=0)
 
 

@@ -17,6 +17,7 @@ import torch
 from distributed_references import bring
 from small_models import write_small_folder
 from small_runs import first_backbone, set_up, write_rows
+from torch._dynamo.utils import counters
 
 from mediphi import references
 from mediphi.artifacts import locked
@@ -320,6 +321,20 @@ def test_the_exam_compares_with_the_reference_cached_live_or_none(tmp_path: Path
     assert exam_scores(live, policy) == expected
     none = set_up(tmp_path, "dpo", "stage.reference=none", model=model)
     assert exam_scores(none, policy) == by_margin(run, new) != expected
+
+
+def test_a_run_that_compiles_asks_the_reference_plainly_and_every_pair_is_a_tie(
+    tmp_path: Path, model: Path
+):
+    """The last digits of compiled layers would tell wins from losses where nothing has changed."""
+    run = set_up(tmp_path, "dpo", "hardware.compile=true", model=model)
+    start = first_backbone(run)
+    assert start.compiled_tokens == 600
+    assert key_of(run) == key_of(set_up(tmp_path, "dpo", model=model))
+    counters.clear()
+    brought(run)
+    assert set(exam_scores(run, start).values()) == {0.5}
+    assert not counters["stats"]
 
 
 def test_a_pass_builds_one_model_for_both_sides(

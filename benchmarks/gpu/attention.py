@@ -124,6 +124,7 @@ def flash(q: Any, k: Any, v: Any, *, options: dict[str, Any]) -> Any:
     from flash_attn import flash_attn_varlen_func
 
     places = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    options = options["sealed"].arguments
     flat = (x[0].transpose(0, 1) for x in (q, k, v))
     return flash_attn_varlen_func(*flat, *(options[p] for p in places), causal=True)[None]
 

@@ -109,7 +109,7 @@ def dpo_module(task: Task, data: Any, *, compile: bool, seed: int, is_reference:
         "random",
         "main",
         device.kernel,
-        compile=compile,
+        compiled_tokens=data.max_tokens if compile else None,
         loss_chunk_tokens=device.loss_chunk_tokens,
     )
     plan, names = data.train_plan, data.group_names

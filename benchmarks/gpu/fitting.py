@@ -64,7 +64,8 @@ def fit(task: Any, data: Any, module: Any, meter: DeviceMeter) -> None:
             self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any
         ) -> None:
             tokens, pairs = batch.num_tokens, getattr(batch, "num_pairs", 0)
-            progress.add(tokens=tokens, positions=tokens, loss=outputs["loss"], pairs=pairs)
+            positions = module.spec.compiled_tokens or tokens
+            progress.add(tokens=tokens, positions=positions, loss=outputs["loss"], pairs=pairs)
             if trainer.global_step > progress.done:
                 progress.end_of_step()
 

@@ -15,8 +15,9 @@ from sides import Train, serve
 LIGER = {"use_liger_kernel": True}
 PACKED = {"packing": True, "packing_strategy": "bfd_split", "gradient_checkpointing": False}
 SIDES: dict[str, dict[str, Any]] = {
-    "ours": {"compile": False},
-    "ours, compiled": {"compile": True},
+    "ours": {"compile": "not"},
+    "ours, compiled": {"compile": "one length"},
+    "ours, compiled for any length": {"compile": "any length"},
     "transformers": {},
     "trl default": {},
     "trl packed": PACKED,
@@ -24,7 +25,8 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 ABOUT = {
     "ours": "packed rows, documents apart; eager",
-    "ours, compiled": "as ours, decoder layers through torch.compile",
+    "ours, compiled": "as ours, decoder layers through torch.compile, rows padded to one length",
+    "ours, compiled for any length": "the same by dynamic shapes, rows as they are",
     "transformers": "a plain loop: documents padded to the longest of a pass, SDPA, full logits",
     "trl default": "SFTTrainer: padded, 8 documents a pass, activations recomputed",
     "trl packed": "SFTTrainer with packing=bfd_split, the fastest varlen kernel that is there, "
@@ -85,7 +87,7 @@ def packed_data(task: Task, folder: Path) -> Any:
     return PackedDataModule(store, heldout=None, settings=settings, prefetch=2)
 
 
-def our_module(task: Task, data: Any, *, compile: bool) -> Any:
+def our_module(task: Task, data: Any, *, compile: str) -> Any:
     """With weights drawn on the device."""
     from mediphi import attention, engine
     from mediphi.backbone import BackboneSpec, prepare_training
@@ -99,7 +101,7 @@ def our_module(task: Task, data: Any, *, compile: bool) -> Any:
         "random",
         "main",
         device.kernel,
-        compile=compile,
+        compiled_tokens=data.max_tokens if compile == "one length" else None,
         loss_chunk_tokens=device.loss_chunk_tokens,
     )
     plan, names = data.train_plan, data.group_names
@@ -112,10 +114,12 @@ def our_module(task: Task, data: Any, *, compile: bool) -> Any:
     kernel = attention.IMPLEMENTATIONS[device.kernel]
     module.model = measuring.random_model(task.model, implementation=kernel)
     prepare_training(module.model, spec)
+    for layer in module.model.get_decoder().layers if compile == "any length" else []:
+        layer.compile(dynamic=True)
     return module
 
 
-def train_ours(task: Task, folder: Path, meter: DeviceMeter, *, compile: bool) -> None:
+def train_ours(task: Task, folder: Path, meter: DeviceMeter, *, compile: str) -> None:
     task = of(task, meter)
     data = packed_data(task, folder / str(task.steps))
     fit(task, data, our_module(task, data, compile=compile), meter)

@@ -3,11 +3,14 @@
 A row `[1, T]` holds many sequences end to end; no token may see another sequence. The boundaries
 travel as keyword arguments through the Hugging Face model to the functions registered here:
 
-- `flash`: flash-attn's varlen kernel, which transformers knows by itself.
+- `flash`: flash-attn's varlen kernel, through transformers' own function.
 - `varlen`: PyTorch's own varlen kernel (`torch.nn.attention.varlen`), CUDA only.
 - `sdpa`: sequences of similar length are padded to one block and go through PyTorch's causal SDPA.
   On a CPU this costs the FLOPs of the sequences instead of the square of the row, which a
   block-diagonal mask over the row would cost.
+
+A row may have more positions than its sequences have tokens: compiled layers take rows of one
+length. Attention leaves such a tail at its end alone, at no cost, and gives it zeros.
 
 Two answers to one prompt may share it: a row then holds `[prompt | chosen | rejected]` pair by
 pair, both answers start at the same position, and neither sees the other. Prompt and chosen answer
@@ -15,6 +18,7 @@ are one causal sequence as they lie; the rejected answer's queries look at the p
 their own.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.flash_attention import flash_attention_forward
 
 from mediphi.batches import Batch, PreferenceBatch, send
 from mediphi.blocks import Blocks, length_blocks, prompt_bounds, shared_prompt_blocks
@@ -95,6 +100,16 @@ def available_kernels(device_type: str) -> list[Kernel]:
     return [*flash, "varlen", "sdpa"]
 
 
+@dataclass(slots=True)  # not frozen: torch.compile looks into those
+class Sealed:
+    """Keyword arguments of attention that a compiled layer hands on without a look inside.
+
+    In the open, their numbers and sizes would be part of the compiled code.
+    """
+
+    arguments: dict[str, Any]
+
+
 def boundaries(batch: Batch, kernel: Kernel) -> dict[str, Any]:
     """Keyword arguments of the model call that keep the sequences of a row apart.
 
@@ -105,18 +120,21 @@ def boundaries(batch: Batch, kernel: Kernel) -> dict[str, Any]:
     """
     shares = isinstance(batch, PreferenceBatch) and batch.shares_prompt
     if not shares and kernel != "sdpa":
-        return {
+        arguments = {
             "cu_seq_lens_q": batch.cu_seqlens,
             "cu_seq_lens_k": batch.cu_seqlens,
             "max_length_q": batch.max_seqlen,
             "max_length_k": batch.max_seqlen,
+            "num_tokens": batch.num_tokens,
         }
+        return {"sealed": Sealed(arguments)}
     bounds = torch.tensor([0, *batch.lengths]).cumsum(0).int()
     if shares:
         made = shared_prompt_boundaries(bounds, kernel)
     else:
         made = {"blocks": Blocks.of(length_blocks(bounds))}
-    return {name: _sent(value, batch.input_ids.device) for name, value in made.items()}
+    sent = {name: _sent(value, batch.input_ids.device) for name, value in made.items()}
+    return sent if kernel == "sdpa" else {"sealed": Sealed(sent)}
 
 
 def _sent(value: Any, device: torch.device) -> Any:
@@ -156,6 +174,7 @@ def shared_prompt_boundaries(
         "cu_seq_lens_k": F.pad(lengths_k.cumsum(0), (1, 0)).int(),
         "max_length_q": int(cu_seqlens_q.diff().max()),
         "max_length_k": int(lengths_k.max()),
+        "num_tokens": int(cu_parts[-1]),
         "kv_index": torch.cat(keys),
     }
 
@@ -196,7 +215,15 @@ def sdpa_attention(
             enable_gqa=key.shape[1] != heads,
         )  # [sequences, heads, longest, head_dim]
         parts.append(out.transpose(1, 2).reshape(-1, heads, head_dim))
-    return torch.cat(parts)[blocks.ways_back].unsqueeze(0), None
+    return _with_tail(torch.cat(parts)[blocks.ways_back], query), None
+
+
+def _with_tail(
+    out: Float[Tensor, "real_tokens heads head_dim"], query: Float[Tensor, "1 heads tokens _"]
+) -> Float[Tensor, "1 tokens heads head_dim"]:
+    """Zeros for the positions behind the last sequence."""
+    tail = query.shape[2] - len(out)
+    return (F.pad(out, (0, 0, 0, 0, 0, tail)) if tail else out).unsqueeze(0)
 
 
 def _gather(
@@ -232,10 +259,12 @@ def varlen_attention(
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    kwargs = _unsealed(kwargs)
     if dropout or "cu_seq_lens_q" not in kwargs or attention_mask is not None:
         raise ValueError("varlen attention needs boundaries and takes no dropout and no mask")
     _refuse_window(kwargs.get("sliding_window"), kwargs["max_length_k"])
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # The kernel leaves what no sequence covers undefined, perhaps NaN: it never sees a tail.
+    q, k, v = (x[0, :, : kwargs["num_tokens"]].transpose(0, 1) for x in (query, key, value))
     if (kv_index := kwargs.get("kv_index")) is not None:  # shared prompts are keys twice
         k, v = k[kv_index], v[kv_index]
     if (groups := q.shape[1] // k.shape[1]) > 1:  # torch 2.11 has no grouped queries
@@ -254,7 +283,35 @@ def varlen_attention(
         window_size=(-1, 0),
     )
     assert isinstance(out, Tensor)  # a pair only when auxiliary outputs are asked for
-    return out.to(query.dtype).unsqueeze(0), None
+    return _with_tail(out.to(query.dtype), query), None
+
+
+def flash_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads tokens head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys head_dim"],
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch tokens heads head_dim"], None]:
+    """transformers' function around flash-attn, which takes no sealed arguments and no tail.
+
+    Calls without such arguments are handed on as they are.
+    """
+    if "sealed" not in kwargs:
+        return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs = _unsealed(kwargs)
+    num_tokens = kwargs.pop("num_tokens")
+    q, k, v = (x[:, :, :num_tokens] for x in (query, key, value))
+    out, _ = flash_attention_forward(module, q, k, v, attention_mask, **kwargs)
+    return _with_tail(out[0], query), None
+
+
+def _unsealed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    sealed: Sealed | None = kwargs.get("sealed")
+    if sealed is None:
+        return kwargs
+    return {**{n: v for n, v in kwargs.items() if n != "sealed"}, **sealed.arguments}
 
 
 def _refuse_window(window: int | None, longest: int) -> None:
@@ -269,3 +326,5 @@ def _refuse_window(window: int | None, longest: int) -> None:
 # Other boundaries would compile the kernels anew, which are no slower uncompiled.
 AttentionInterface.register(IMPLEMENTATIONS["sdpa"], torch.compiler.disable(sdpa_attention))
 AttentionInterface.register(IMPLEMENTATIONS["varlen"], torch.compiler.disable(varlen_attention))
+# In the place of transformers' own: by this name it loads the package, and makes no dense mask.
+AttentionInterface.register(IMPLEMENTATIONS["flash"], torch.compiler.disable(flash_attention))

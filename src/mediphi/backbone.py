@@ -42,7 +42,8 @@ class BackboneSpec:
         revision: of a hub id.
         kernel: attention kernel.
         recomputed_layers: the first layers, whose activations are recomputed in backward.
-        compile: fuse what surrounds attention in the other layers.
+        compiled_tokens: fuse what surrounds attention in the other layers, for rows of so many
+            positions; None: not.
         loss_chunk_tokens: positions whose logits exist at a time.
         seed: of random weights, and of new adapters.
         lora: adapters to train in place of the weights.
@@ -53,7 +54,7 @@ class BackboneSpec:
     revision: str
     kernel: attention.Kernel
     recomputed_layers: int = 0
-    compile: bool = False
+    compiled_tokens: int | None = None
     loss_chunk_tokens: int = 128
     seed: int = 0
     lora: Lora | None = None
@@ -156,7 +157,7 @@ def prepare_training(model: Any, spec: BackboneSpec) -> None:
     """All that a loaded model lacks for training.
 
     Adapters, recomputed activations, compiled layers, train mode. Layers compile in their first
-    step, for rows of any length.
+    step, all to one form, for rows of one length.
     """
     recomputed, kept = _split_layers(model, spec.recomputed_layers)
     if recomputed:
@@ -166,8 +167,8 @@ def prepare_training(model: Any, spec: BackboneSpec) -> None:
     model.get_input_embeddings().padding_idx = None
     if spec.lora is not None:
         add_adapters(model, spec.lora, seed=spec.seed)
-    for layer in kept if spec.compile else []:
-        layer.compile(dynamic=True)
+    for layer in kept if spec.compiled_tokens else []:
+        layer.compile(dynamic=False)
     model.train()
 
 

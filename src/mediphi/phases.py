@@ -92,6 +92,14 @@ class Training:
             for side, plan in plans.items()
         }
 
+    @property
+    def compiled_tokens(self) -> int | None:
+        """Positions of every row, where there are layers to compile; else None."""
+        layers = self.budget.model_config.num_hidden_layers
+        if not self.config.hardware.compile or self.budget.recomputed_layers == layers:
+            return None
+        return max(plan.data.max_tokens for plan in self.phases)
+
     def checkpoints(self, plan: PhasePlan) -> Path:
         return self.folder / "checkpoints" / plan.name
 

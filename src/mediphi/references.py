@@ -179,10 +179,11 @@ def _by_row(scored: Iterable[ScoredPairs], pairs: TrainingPlan) -> Logps:
 
 
 def _module(run: Training, plan: PhasePlan, backbone: BackboneSpec) -> DpoModule:
+    """Uncompiled, as exams are: before training both answers come out equal to the last digit."""
     return DpoModule(
         objective=Objective(uses_reference=False),
         group_names={"source": ("",), "error": ("",), "task": ("",)},
-        backbone=replace(backbone, recomputed_layers=0, lora=None),
+        backbone=replace(backbone, recomputed_layers=0, compiled_tokens=None, lora=None),
         phase=plan.phase,
         optimizer=run.config.training.optimizer,
         num_steps=plan.num_steps,

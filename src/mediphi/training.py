@@ -214,7 +214,7 @@ def _first_backbone(run: Training) -> BackboneSpec:
         revision=model.revision,
         kernel=run.device.kernel,
         recomputed_layers=run.budget.recomputed_layers,
-        compile=run.config.hardware.compile,
+        compiled_tokens=run.compiled_tokens,
         loss_chunk_tokens=run.device.loss_chunk_tokens,
         lora=stage.lora if isinstance(stage, ChatStage) else None,
         seed=run.config.seed,
@@ -279,7 +279,7 @@ def _sit(
     backbone: BackboneSpec,
 ) -> list[list[Scored]]:
     """The scores at a moment, taken once; the row is logged before the file says that it is."""
-    backbone = replace(backbone, recomputed_layers=0, compile=False, lora=None)
+    backbone = replace(backbone, recomputed_layers=0, compiled_tokens=None, lora=None)
     scores: list[list[Scored]] = [[] for _ in exams]
     for number, exam in enumerate(exams if rank() == 0 else []):
         path = run.folder / "exam" / f"{exam.metric}_{moment.replace(' ', '_')}.json"

@@ -78,7 +78,14 @@ def test_a_wrong_kernel_is_no_figure(load: Load, monkeypatch: pytest.MonkeyPatch
         list(attention.figures(options(load)))
 
 
-@pytest.mark.parametrize("side", ["ours", "transformers"])
+COMPILED = [
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")])
+    for name in ("ours, compiled", "ours, compiled for any length")
+]
+"""By the C++ compiler; torch's compiler warns, and hides it by itself."""
+
+
+@pytest.mark.parametrize("side", ["ours", "transformers", *COMPILED])
 def test_a_training_side_computes_the_loss_of_documents_one_by_one(
     load: Load, side: str, tmp_path: Path
 ):
@@ -91,7 +98,7 @@ def test_a_training_side_computes_the_loss_of_documents_one_by_one(
     assert sum(parity.losses) == pytest.approx(train_sides.one_by_one(task), abs=1e-4)
     assert timed.steps == task.steps - task.warmup_steps == 1 and timed.wall > 0
     assert 0 < timed.tokens < sum(map(len, task.documents))
-    assert (timed.positions > timed.tokens) == (side == "transformers")
+    assert (timed.positions > timed.tokens) == (side in ("transformers", "ours, compiled"))
     assert load("train_step").floor_flops(task) > 6e6  # the tiny model's matrices, per token
 
 

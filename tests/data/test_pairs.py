@@ -167,3 +167,20 @@ def test_both_layouts_train_on_the_same_pairs_in_the_same_steps(store: TokenStor
         for layout in LAYOUTS
     )
     assert first == second and len(first) > 2
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_micro_batch_has_more_tokens_than_its_plan_says(
+    store: TokenStore, layout: Layout, micro_batch: int
+):
+    """Compiled layers take rows padded to them: with prompts twice the longest, else full ones."""
+    numbers = {"capacity": 18, "global_batch": 2, "micro_batch": micro_batch}
+    plan = TrainingPlan(store, settings(layout, **numbers))
+    tokens = [batch.num_tokens for batch in PackedLoader(plan)]
+    assert len(set(tokens)) > 2 and max(tokens) <= plan.max_tokens
+    if layout == "shared_pairs":
+        assert plan.max_tokens == 18 * micro_batch
+    else:
+        assert max(tokens) > 18 * micro_batch
+        assert micro_batch > 1 or max(tokens) == plan.max_tokens

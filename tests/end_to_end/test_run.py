@@ -75,6 +75,22 @@ def test_the_curve_covers_both_phases_and_the_quiz(finished: Finished) -> None:
     assert list(metrics["exams"]["quiz"]["results"]) == ["before", "after phase1", "after phase2"]
 
 
+def test_compiled_layers_train_as_plain_ones_do(near: Place) -> None:
+    """By the C++ compiler, as a user's run; its rows are padded, which no number shows."""
+    near.environment["TORCHINDUCTOR_CACHE_DIR"] = str(near.folder / "compiled")
+    command = [*DAPT, *CODES, "hardware.precision=32-true", "hardware.checkpoints.keep=1"]
+    curves = []
+    for switch in ("false", "true"):
+        ended = near.run(*command, f"hardware.compile={switch}", f"name=is_{switch}")
+        assert ended.code == 0, ended
+        assert "Warning" not in ended.err
+        curves.append(curve(near.runs / "dapt" / f"is_{switch}"))
+    assert (near.folder / "compiled").is_dir()  # something has been compiled
+    plain, compiled = ([float(v or 0) for row in own for v in row if v != "dapt"] for own in curves)
+    assert len(plain) > 100
+    assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
 def test_the_last_lines_name_path_hash_and_next_command(finished: Finished) -> None:
     run_dir, ended = finished
     words = last_words(ended)

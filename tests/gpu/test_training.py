@@ -72,19 +72,43 @@ class Losses(Callback):
 
 
 class NoWaiting(Callback):
-    """From the first batch to the last, whatever makes the host wait raises; goes first."""
+    """From micro-batch `first` to the last, whatever makes the host wait raises; goes first.
+
+    The compiler may wait before.
+    """
+
+    def __init__(self, *, first: int = 0) -> None:
+        self.first = first
 
     def on_train_start(self, *_: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
+        self._forbid(0)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._forbid(batch_idx + 1)
+
+    def _forbid(self, next_batch: int) -> None:
+        if next_batch >= self.first:
+            torch.cuda.set_sync_debug_mode("error")
 
     def on_train_end(self, *_: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+class CompilesOnce(Callback):
+    """Once the first micro-batch has been trained on, compiling anew raises."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.compiler.set_stance("fail_on_recompile")
+
+
 @pytest.fixture(autouse=True)
-def waiting_is_allowed_again() -> Iterator[None]:
+def waiting_and_compiling_are_allowed_again() -> Iterator[None]:
     yield
     torch.cuda.set_sync_debug_mode("default")
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
 
 
 def fit(
@@ -149,10 +173,18 @@ def test_a_step_that_is_not_finite_changes_nothing(data: PackedDataModule, folde
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns, and hides it by itself
-@pytest.mark.parametrize("data", ["text"], indirect=True)
+@pytest.mark.parametrize("data", LAYOUTS, indirect=True)
 def test_compiled_layers_give_the_losses_of_plain_ones(data: PackedDataModule, folder: Path):
-    plain, compiled = (fit(data, folder, compile=c) for c in (False, True))
+    """And compile once, though no two rows are alike: the stance lets nothing compile later."""
+    plain = fit(data, folder)
+    compiled = fit(data, folder, callbacks=(CompilesOnce(),), compiled_tokens=data.max_tokens)
     assert compiled == pytest.approx(plain, rel=0.03, abs=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("data", LAYOUTS, indirect=True)
+def test_compiled_layers_make_the_host_wait_no_more(data: PackedDataModule, folder: Path):
+    fit(data, folder, callbacks=(NoWaiting(first=1),), compiled_tokens=data.max_tokens)
 
 
 def test_reads_and_copies_of_ordinary_memory_are_seen():

@@ -13,6 +13,7 @@ import pytest
 from composing import composed
 from small_models import ASSETS, write_small_folder
 from small_runs import set_up
+from torch._dynamo.utils import counters
 
 from mediphi import engine, training
 from mediphi.config import load
@@ -99,6 +100,31 @@ def test_without_the_live_reference_its_bytes_are_gone(tmp_path: Path):
     live, without = planner.plan().memory.items, planner.plan(cached).memory.items
     assert live["reference"] == pytest.approx(live["weights"], rel=1e-3)
     assert "reference" not in without
+
+
+def test_rows_of_compiled_layers_are_planned_with_their_padding(run: Training):
+    """Seen on plain layers: nothing is compiled for a plan."""
+    planner = Planner(run)
+    compiled = planner.changed({"hardware.compile": True})
+    assert compiled is not None and run.compiled_tokens is None
+    _, batch = plan._largest(run.phases[0])
+    padding = (compiled.compiled_tokens or 0) / batch.num_tokens
+    assert compiled.compiled_tokens == 4 * 600 and padding > 1.02
+    counters.clear()
+    plain, padded = planner.plan(), planner.plan(compiled)
+    assert not counters["stats"]
+    ratio = padded.memory.items["activations"] / plain.memory.items["activations"]
+    # attention's own are of real tokens
+    assert 1 + 0.6 * (padding - 1) < ratio < padding
+    assert padded.works[0].flops > plain.works[0].flops
+    assert padded.works[0].traffic > plain.works[0].traffic
+
+
+def test_where_all_layers_are_recomputed_none_is_compiled_and_no_row_padded(run: Training):
+    changed = Planner(run).changed(
+        {"hardware.compile": True, "hardware.activation_checkpointing": True}
+    )
+    assert changed is not None and changed.compiled_tokens is None
 
 
 def test_the_page_holds_every_item_and_its_sum(run: Training, capsys: pytest.CaptureFixture[str]):

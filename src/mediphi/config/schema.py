@@ -99,7 +99,8 @@ class Hardware(Strict):
     """Recompute activations in backward: less memory, slower. null: those of as many layers as the
     GPU's memory asks for, on a CPU of none."""
     compile: bool = False
-    """Let torch.compile fuse what surrounds attention; the first step takes a minute longer."""
+    """Let torch.compile fuse what surrounds attention, for rows padded to one length; the first
+    step takes a minute longer. Off until a GPU has shown where it wins: docs/hardware.md."""
     loss_chunk_tokens: PositiveInt | None = None
     """Positions whose logits exist at a time; null: 2048 on a GPU, 128 on a CPU."""
     planned_gpu: GpuName | None = None

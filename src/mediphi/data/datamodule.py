@@ -80,6 +80,12 @@ class PackedDataModule(LightningDataModule):
         )
         return TrainingPlan(self.heldout, settings)
 
+    @property
+    def max_tokens(self) -> int:
+        """Of a micro-batch at most, in training and validation."""
+        plans = (self.train_plan, self.heldout_plan)
+        return max(plan.max_tokens for plan in plans if plan is not None)
+
     def train_dataloader(self) -> ResumableLoader:
         """Batches of this rank.
 

@@ -129,6 +129,18 @@ class TrainingPlan:
         return self.num_tokens / (self.num_rows * self.settings.capacity)
 
     @cached_property
+    def max_tokens(self) -> int:
+        """Tokens of a micro-batch at most: of full rows, or of the longest that hold prompts twice.
+
+        The capacity counts a prompt once.
+        """
+        if self.settings.layout != "pairs":
+            return self.settings.micro_batch * self.settings.capacity
+        prompts = np.concatenate([[0], np.cumsum(self.sequences.parts[self._sequence, 0])])
+        row_tokens = np.diff(self._token_ends + prompts[self._row_ends])
+        return self.settings.micro_batch * int(row_tokens.max())
+
+    @cached_property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step and rank, the same for every step and rank.
 

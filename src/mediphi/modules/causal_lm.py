@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -90,7 +92,14 @@ class CausalLMModule(L.LightningModule):
 
     def hidden_states(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
         """Last hidden states of a packed row, `[tokens, hidden]`."""
-        return hidden_states(self.backbone, batch, self.spec.kernel, embeddings=embeddings)
+        spec = self.spec
+        return hidden_states(
+            self.backbone,
+            batch,
+            spec.kernel,
+            embeddings=embeddings,
+            compiled_tokens=spec.compiled_tokens,
+        )
 
     def gradient_norm(self) -> Float32[Tensor, ""]:
         """L2 norm of this optimizer step's gradients, before clipping; computed once a step."""
@@ -179,13 +188,25 @@ def hidden_states(
     kernel: attention.Kernel,
     *,
     embeddings: Tensor | None = None,
+    compiled_tokens: int | None = None,
 ) -> Tensor:
-    """Last hidden states of a packed row, `[tokens, hidden]`; without a cache, which would leak."""
-    if embeddings is None:
-        embeddings = backbone.get_input_embeddings()(batch.input_ids)
-    return backbone.get_decoder()(
-        inputs_embeds=embeddings,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        **attention.boundaries(batch, kernel),
-    ).last_hidden_state[0]
+    """Last hidden states of a packed row, `[tokens, hidden]`; without a cache, which would leak.
+
+    Args:
+        embeddings: those of `batch.input_ids` otherwise, `[1, tokens, hidden]`.
+        compiled_tokens: positions that layers are compiled for. The row is padded to them with
+            zeros, which no token attends to and no gradient comes from; a longer one goes through
+            the layers uncompiled, as it would compile them anew.
+    """
+    row = backbone.get_input_embeddings()(batch.input_ids) if embeddings is None else embeddings
+    positions, tail = batch.position_ids, (compiled_tokens or batch.num_tokens) - batch.num_tokens
+    if tail > 0:
+        row, positions = F.pad(row, (0, 0, 0, tail)), F.pad(positions, (0, tail))
+    with torch.compiler.set_stance("force_eager") if tail < 0 else nullcontext():
+        out = backbone.get_decoder()(
+            inputs_embeds=row,
+            position_ids=positions,
+            use_cache=False,
+            **attention.boundaries(batch, kernel),
+        )
+    return out.last_hidden_state[0, : batch.num_tokens]

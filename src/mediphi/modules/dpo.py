@@ -81,7 +81,8 @@ class DpoModule(CausalLMModule):
     def logps(self, batch: PreferenceBatch, model: Any = None) -> PairLogps:
         """Log-probabilities of both answers; logits exist at answer tokens only."""
         model = self.backbone if model is None else model
-        hidden = hidden_states(model, batch, self.spec.kernel)
+        compiled_tokens = self.spec.compiled_tokens
+        hidden = hidden_states(model, batch, self.spec.kernel, compiled_tokens=compiled_tokens)
         per_token = token_logps(
             hidden.index_select(0, batch.logit_index),
             model.get_output_embeddings().weight,

@@ -1,12 +1,13 @@
 """A training step on tensors that have shapes and no numbers: what would it allocate?
 
 The module's own `training_step` and its backward pass run under PyTorch's `FakeTensorMode`: what
-the model, adapters, precision and recomputation keep is seen, not guessed. Nothing is computed.
+the model, adapters, precision and recomputation keep is seen, not guessed. Nothing is computed, and
+nothing compiled: of compiled layers the plain ones are seen.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def _shapes(spec: BackboneSpec) -> PreTrainedModel:
     """What `build_model` gives, on the meta device; adapters and buffers are real."""
     model = shapes_of(spec)
     with stand_ins(model):
-        prepare_training(model, spec)
+        prepare_training(model, replace(spec, compiled_tokens=None))
     make_rotary_buffers(model)
     return model
 

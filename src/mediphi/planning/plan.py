@@ -139,6 +139,7 @@ class Planner:
         mixed = run.device.precision == "bf16-mixed"
         reference = stage.reference if isinstance(stage, DpoStage) else None
         key = (hardware.micro_batch, run.budget.recomputed_layers, lora, accumulates, reference)
+        key = (*key, run.compiled_tokens)
         if key not in self._footprints:
             backbone = planned_backbone(run, lora)
 
@@ -184,6 +185,7 @@ def planned_backbone(run: Training, lora: Lora | None) -> BackboneSpec:
         revision=run.config.model.revision,
         kernel="varlen" if device.kernel == "flash" else device.kernel,  # flash-attn may be absent
         recomputed_layers=run.budget.recomputed_layers,
+        compiled_tokens=run.compiled_tokens,
         loss_chunk_tokens=device.loss_chunk_tokens,
         lora=lora,
     )
@@ -198,14 +200,16 @@ def available_memory(device: Device, *, config: Config) -> float:
 
 
 def _work(run: Training, plan: PhasePlan, batch: Batch, footprint: Footprint) -> Work:
-    """Of a mean micro-batch: the largest one's, by the tokens that it really holds."""
-    train = plan.data.train_plan
+    """Of a mean micro-batch: the largest one's, by the tokens that it really holds.
+
+    Rows of compiled layers all have the same positions, and the footprint is of those.
+    """
+    train, padded = plan.data.train_plan, run.compiled_tokens
     mean = train.num_tokens / (train.num_steps * run.config.accumulate * run.config.world_size)
-    share = mean / batch.num_tokens
     budget: Budget = run.budget
     return work_of(
-        flops=budget.batch_flops(batch) * share,
-        traffic=footprint.traffic * share,
+        flops=budget.batch_flops(batch) * (padded or mean) / batch.num_tokens,
+        traffic=footprint.traffic * (1 if padded else mean / batch.num_tokens),
         budget=budget,
         recomputed_share=recomputed_share(run),
         config=run.config,
