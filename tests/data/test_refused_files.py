@@ -53,3 +53,12 @@ def test_of_a_dataset_folder_the_split_counts_that_is_read(
             refuse_test_files(one)
     else:
         refuse_test_files(one)
+
+
+def test_a_link_is_known_by_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "medqa_test.jsonl").touch()
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "questions.jsonl").symlink_to(tmp_path / "elsewhere/medqa_test.jsonl")
+    with pytest.raises(DataError, match="questions.jsonl: searching against a test split"):
+        refuse_test_files(asking(tmp_path / "given"))

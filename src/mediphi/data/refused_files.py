@@ -14,7 +14,7 @@ from mediphi.errors import DataError
 
 
 def refuse_test_name(name: str, *, path: Path | str | None = None) -> None:
-    """Refuse what says that it is for testing.
+    """Refuse what says that it is for testing; a link also by the name of what it leads to.
 
     Args:
         name: of a file below what the config names, or what it names.
@@ -23,7 +23,9 @@ def refuse_test_name(name: str, *, path: Path | str | None = None) -> None:
     Raises:
         DataError: it does.
     """
-    if names_a_test_split(name):
+    place = Path(path or name)
+    leads_to = str(place.resolve()) if place.is_symlink() else name
+    if names_a_test_split(name) or names_a_test_split(leads_to):
         raise DataError(one_line(f"{path or name}: {TEST_REFUSED}"))
 
 
