@@ -187,6 +187,21 @@ def test_varlen_and_sdpa_give_the_same_numbers(
     torch.testing.assert_close(got, expected, atol=0.15, rtol=0)
 
 
+def test_varlen_takes_the_arguments_of_other_collators(monkeypatch: pytest.MonkeyPatch):
+    """TRL's and transformers' know of no positions behind the last sequence."""
+    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
+    batch = packed(random_documents([5, 9]))
+    q, k, v = torch.randn(3, 1, 2, batch.num_tokens, 8).unbind()
+    sealed = attention.boundaries(batch, "varlen")
+    theirs = {n: x for n, x in sealed["sealed"].arguments.items() if n != "num_tokens"}
+    ours, got = (
+        attention.varlen_attention(torch.nn.Identity(), q, k, v, None, **options)[0]
+        for options in (sealed, theirs)
+    )
+    assert set(theirs) == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert torch.equal(ours, got)
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 def test_a_models_own_scale_is_used(monkeypatch: pytest.MonkeyPatch, kernel: attention.Kernel):
     """Phi-3 has the default scale, other architectures don't."""

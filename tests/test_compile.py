@@ -147,6 +147,39 @@ def test_a_longer_row_goes_through_uncompiled(folder: Path, backend: str):
     assert torch.equal(got, step(plain, [50, 40], compiled_tokens=None))
 
 
+def test_a_row_of_less_than_half_goes_through_uncompiled_and_without_padding(
+    folder: Path, backend: str
+):
+    """As the one token of a rank that has no rows left in a step."""
+    plain, compiled = both(folder)
+    step(compiled, ROWS[0])
+    lengths = []
+    layer = compiled.get_decoder().layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    with nothing_compiles():
+        got = step(compiled, [1, 20])
+    hook.remove()
+    assert lengths == [21]
+    assert torch.equal(got, step(plain, [1, 20], compiled_tokens=None))
+
+
+def test_validation_before_and_in_training_compiles_once(folder: Path, backend: str):
+    """Lightning validates by itself and inside a fit; rows with and without padding alike."""
+    _, compiled = both(folder)
+
+    def look(lengths: list[int]) -> None:
+        batch = packed(random_documents(lengths, vocab=4000))
+        with torch.no_grad():
+            hidden_states(compiled, batch, "sdpa", compiled_tokens=TOKENS)
+
+    look(ROWS[0])
+    step(compiled, ROWS[0])
+    with nothing_compiles():
+        for lengths in (ROWS[1], [TOKENS]):
+            look(lengths)
+            step(compiled, lengths)
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_what_stands_in_the_padding_moves_no_number(
     folder: Path, monkeypatch: pytest.MonkeyPatch, is_compiled: bool

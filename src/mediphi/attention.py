@@ -264,7 +264,8 @@ def varlen_attention(
         raise ValueError("varlen attention needs boundaries and takes no dropout and no mask")
     _refuse_window(kwargs.get("sliding_window"), kwargs["max_length_k"])
     # The kernel leaves what no sequence covers undefined, perhaps NaN: it never sees a tail.
-    q, k, v = (x[0, :, : kwargs["num_tokens"]].transpose(0, 1) for x in (query, key, value))
+    num_tokens = kwargs.get("num_tokens", query.shape[2])  # other collators know of no tail
+    q, k, v = (x[0, :, :num_tokens].transpose(0, 1) for x in (query, key, value))
     if (kv_index := kwargs.get("kv_index")) is not None:  # shared prompts are keys twice
         k, v = k[kv_index], v[kv_index]
     if (groups := q.shape[1] // k.shape[1]) > 1:  # torch 2.11 has no grouped queries

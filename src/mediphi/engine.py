@@ -179,7 +179,7 @@ def make_trainer(
         enable_model_summary=False,
         enable_progress_bar=False,
         use_distributed_sampler=False,
-        inference_mode=True,
+        inference_mode=False,  # compiled layers would have a form for it and one for `no_grad`
         default_root_dir=Path.cwd(),
         **loop,
     )

@@ -60,5 +60,5 @@ def test_a_link_is_known_by_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "medqa_test.jsonl").touch()
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "questions.jsonl").symlink_to(tmp_path / "elsewhere/medqa_test.jsonl")
-    with pytest.raises(DataError, match="questions.jsonl: searching against a test split"):
+    with pytest.raises(DataError, match=r"questions\.jsonl: searching against a test split"):
         refuse_test_files(asking(tmp_path / "given"))

@@ -216,3 +216,13 @@ def test_the_kernel_of_a_gpu_is_a_varlen_kernel():
     assert device.type == "cuda" and device.precision == "bf16-mixed"
     assert device.kernel in ("flash", "varlen")
     assert attention.IMPLEMENTATIONS[device.kernel] in ("flash_attention_2", "mediphi_varlen")
+
+
+@pytest.mark.parametrize("data", ["pairs"], indirect=True)
+def test_a_live_reference_is_where_the_pairs_are(data: PackedDataModule, folder: Path):
+    """Also in the validation that comes before training."""
+    module = make_dpo_module(folder, data, sgd=False, live_reference=spec_of(folder))
+    module.configure_model()
+    module.cuda()
+    loss, *_ = module.loss(data.train_dataloader()[0].to("cuda"))
+    assert loss.losses.isfinite().all()

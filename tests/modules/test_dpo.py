@@ -197,6 +197,14 @@ def test_a_cached_reference_is_a_live_one(folder: Path, store: TokenStore):
     assert np.array_equal(by_row(module, batches), references)
 
 
+def test_a_live_reference_moves_with_the_module(folder: Path, store: TokenStore):
+    """At once: held-out pairs are scored before the hooks of training run."""
+    live, _ = setting(folder, store, live_reference=spec_of(folder))
+    live.to("meta")
+    (reference,) = live._reference
+    assert {p.device.type for m in (live, reference) for p in m.parameters()} == {"meta"}
+
+
 def test_a_live_reference_is_neither_trained_nor_saved(folder: Path, store: TokenStore):
     settings = pair_settings(max_steps=3)
     run = fit(

@@ -19,6 +19,8 @@ from mediphi.config.stages import Optimizer, Phase
 from mediphi.modules.schedules import lr_factor
 from mediphi.strategies.sharding import Sharded
 
+WORTH_PADDING = 0.5
+
 
 class CausalLMModule(L.LightningModule):
     """A causal LM with its optimizer, schedule and meters; a subclass adds the step.
@@ -182,6 +184,12 @@ class CausalLMModule(L.LightningModule):
         }
 
 
+def takes_padding(num_tokens: int, compiled_tokens: int) -> bool:
+    """Whether a row is padded for compiled layers: not if it is longer, and not if it is shorter
+    than half, as the filler of a rank without rows: that costs more than compiling can win."""
+    return WORTH_PADDING * compiled_tokens <= num_tokens <= compiled_tokens
+
+
 def hidden_states(
     backbone: PreTrainedModel,
     batch: Batch,
@@ -194,15 +202,16 @@ def hidden_states(
 
     Args:
         embeddings: those of `batch.input_ids` otherwise, `[1, tokens, hidden]`.
-        compiled_tokens: positions that layers are compiled for. The row is padded to them with
-            zeros, which no token attends to and no gradient comes from; a longer one goes through
-            the layers uncompiled, as it would compile them anew.
+        compiled_tokens: positions that layers are compiled for. A row that `takes_padding` is
+            padded to them with zeros, which no token attends to and no gradient comes from; another
+            goes through the layers uncompiled, as it would compile them anew.
     """
     row = backbone.get_input_embeddings()(batch.input_ids) if embeddings is None else embeddings
-    positions, tail = batch.position_ids, (compiled_tokens or batch.num_tokens) - batch.num_tokens
-    if tail > 0:
+    positions, tokens = batch.position_ids, compiled_tokens or batch.num_tokens
+    is_padded = takes_padding(batch.num_tokens, tokens)
+    if is_padded and (tail := tokens - batch.num_tokens):
         row, positions = F.pad(row, (0, 0, 0, tail)), F.pad(positions, (0, tail))
-    with torch.compiler.set_stance("force_eager") if tail < 0 else nullcontext():
+    with nullcontext() if is_padded else torch.compiler.set_stance("force_eager"):
         out = backbone.get_decoder()(
             inputs_embeds=row,
             position_ids=positions,

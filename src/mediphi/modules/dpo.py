@@ -1,5 +1,6 @@
 """Direct preference optimisation on packed pairs."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -73,10 +74,11 @@ class DpoModule(CausalLMModule):
         if self.live_reference is not None and not self._reference:
             self._reference = (build_model(self.live_reference).eval().requires_grad_(False),)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves the reference with the module: Lightning validates before `on_fit_start`."""
         for reference in self._reference:
-            reference.to(self.device)
+            reference._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def logps(self, batch: PreferenceBatch, model: Any = None) -> PairLogps:
         """Log-probabilities of both answers; logits exist at answer tokens only."""

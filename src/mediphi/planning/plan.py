@@ -17,6 +17,7 @@ from mediphi.config.schema import Config
 from mediphi.config.stages import ChatStage, DpoStage, Lora
 from mediphi.data.loader import PackedLoader
 from mediphi.engine import Device
+from mediphi.modules.causal_lm import takes_padding
 from mediphi.phases import PhasePlan, Training, plan_phases
 from mediphi.planning.dry_run import Footprint, dry_run
 from mediphi.planning.memory import Memory, memory_of
@@ -202,10 +203,11 @@ def available_memory(device: Device, *, config: Config) -> float:
 def _work(run: Training, plan: PhasePlan, batch: Batch, footprint: Footprint) -> Work:
     """Of a mean micro-batch: the largest one's, by the tokens that it really holds.
 
-    Rows of compiled layers all have the same positions, and the footprint is of those.
+    The footprint is of a padded row, where layers are compiled.
     """
-    train, padded = plan.data.train_plan, run.compiled_tokens
+    train, tokens = plan.data.train_plan, run.compiled_tokens
     mean = train.num_tokens / (train.num_steps * run.config.accumulate * run.config.world_size)
+    padded = tokens if tokens and takes_padding(round(mean), tokens) else None
     budget: Budget = run.budget
     return work_of(
         flops=budget.batch_flops(batch) * (padded or mean) / batch.num_tokens,
