@@ -19,12 +19,13 @@ from mediphi.config.methods import METHODS
 from mediphi.config.schema import Config
 from mediphi.errors import ConfigError, UserError
 from mediphi.launch import RunResult
+from mediphi.merge.agreement import dtype_name
 from mediphi.merge.checkpoints import open_checkpoint, read_json
 from mediphi.merge.engine import Job, MergeFacts, merge, open_parents
 from mediphi.merge.headers import Header, read_header, with_header
 from mediphi.merge.mergekit_writing import write_mergekit
 from mediphi.merge.mergekit_yaml import read_mergekit
-from mediphi.merge.settings import values_of
+from mediphi.merge.settings import check_layers, values_of
 from mediphi.merge_card import Table, write_merge_card
 from mediphi.progress import BytesDone
 from mediphi.sources import (
@@ -54,6 +55,8 @@ def merge_models(config: Config) -> RunResult:
     recipe = read_recipe(config)
     text, sources = _text_and_sources(recipe)
     check_settings(recipe, sources)
+    if recipe.backend == "mergekit":
+        _tell_mergekits_notes(text)
     if config.check_only:
         show_plan(config, recipe, sources)
         return RunResult(None, folder)
@@ -73,6 +76,14 @@ def _text_and_sources(recipe: Merge) -> tuple[str, Sources]:
         return recipe_text(recipe, sources), sources
     text = read_recipe_text(recipe.config)
     return text, mergekits_sources(text)
+
+
+def _tell_mergekits_notes(text: str) -> None:
+    """Refuse what mergekit would pass over, and say where it differs, before the run begins."""
+    from mediphi.merge.by_mergekit import notes_on
+
+    for note in notes_on(text):
+        print(f"note        {note}")
 
 
 def read_recipe(config: Config) -> Merge:
@@ -135,14 +146,19 @@ def _refuse_other_semantics(told: Merge) -> None:
 
 
 def check_settings(recipe: Merge, sources: Sources) -> None:
-    """Refuse settings that leave a tensor without a value, before the run begins.
+    """Refuse settings of layers that are not there, or that leave a tensor without a value, before
+    the run begins.
 
     Raises:
         UserError: naming parameter and tensor; or a model folder is damaged.
     """
-    if recipe.config is not None or recipe.method not in METHODS:
+    if recipe.config is not None:
         return  # mergekit's alone
-    values = values_of(recipe, num_layers=num_layers_of(sources))
+    num_layers = num_layers_of(sources)
+    check_layers(recipe, num_layers=num_layers)
+    if recipe.method not in METHODS:
+        return
+    values = values_of(recipe, num_layers=num_layers)
     for name in open_checkpoint(next(iter(sources.folders.values()))).tensors:
         values(name)
 
@@ -241,17 +257,25 @@ def write_merge(config: Config, recipe: Merge, sources: Sources, *, text: str) -
 
 
 def recipe_text(recipe: Merge, sources: Sources) -> str:
-    """The merge in mergekit's YAML."""
-    dtype = recipe.dtype or read_json(next(iter(sources.folders.values())) / "config.json").get(
-        "dtype"
-    )
+    """The merge in mergekit's YAML.
+
+    It knows one type for all tensors; where the models have several and none is stated, that is
+    float32, which holds them all.
+    """
     return write_mergekit(
         recipe,
         base=sources.base,
         models=sources.models,
         num_layers=num_layers_of(sources),
-        dtype=dtype or "float32",
+        dtype=recipe.dtype or _stored_dtype(sources) or "float32",
     )
+
+
+def _stored_dtype(sources: Sources) -> str | None:
+    """Of the first model's floats, whatever its config says; None where they have several."""
+    first = open_checkpoint(next(iter(sources.folders.values())))
+    found = {own.dtype for own in first.tensors.values() if own.dtype.is_floating_point}
+    return dtype_name(found.pop()) if len(found) == 1 else None
 
 
 class Published(NamedTuple):
@@ -279,7 +303,9 @@ def publish_merge(
     """
     folder, recipe, sources, facts = run_dir(config), merged.recipe, merged.sources, merged.facts
     method = recipe.method or str(yaml.safe_load(merged.text)["merge_method"])
-    header = Header(recipe.semantics, seed_of(config))
+    is_ours = recipe.backend == "mediphi"
+    own_dtypes = is_ours and recipe.dtype is None and _stored_dtype(sources) is None
+    header = Header(recipe.semantics, seed_of(config), own_dtypes)
     text = with_header(merged.text, header, method=method)
     write_atomic(folder / RECIPE, text)
     told = {

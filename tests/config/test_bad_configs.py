@@ -393,8 +393,27 @@ MERGE_PROBLEM = {
         "one for all models: merge.parameters.lambda"
     ),
     ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.parameters.t=[]"): (
-        "must be a number, a list of numbers, or a list of {value, filter, layers}"
+        "merge.parameters.t=[]: must have at least one entry"
     ),
+    (
+        "stage=merge",
+        "merge=karcher",
+        "merge.models.a.path=x",
+        "merge.models.b.path=y",
+        "merge.parameters.max_iter=2.7",
+    ): "merge.parameters.max_iter=2.7: must be a whole number from 1 to 10000: most iterations",
+    ("stage=merge", "merge=linear", "merge.models.a.path=x", "merge.parameters.weight=nan"): (
+        "merge.parameters.weight=NaN: must be a finite number, true or false, a list of numbers "
+        "or of {value, filter, layers}"
+    ),
+    (
+        "stage=merge",
+        "merge=mergekit",
+        "merge.config=null",
+        "merge.method=della",
+        "merge.backend=mergekit",
+        "merge.parameters.weight=[{value:1,layers:[1,0]}]",
+    ): "layers must be [first, end), two whole numbers",
     ("stage=merge", "merge=slerp", "merge.models.a.path=x", "merge.config=f.yml"): (
         "merge.method=slerp: give either a method (merge=slerp) or merge.config=FILE"
     ),

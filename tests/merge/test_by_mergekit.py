@@ -12,7 +12,7 @@ import torch
 import yaml
 from small_checkpoints import change_json, change_tensors, copied, tensors_of, write_model
 
-from mediphi.errors import UserError
+from mediphi.errors import ConfigError, UserError
 from mediphi.merge.engine import MergeFacts
 
 by_mergekit = pytest.importorskip("mediphi.merge.by_mergekit")
@@ -104,3 +104,77 @@ def test_a_result_that_is_not_finite_is_named(models: list[Path], tmp_path: Path
     with pytest.raises(UserError, match=f"tensor {NORM}: merged, it is not finite in float32"):
         merged(models, tmp_path, weight=1.0, normalize=False)
     assert not (tmp_path / "model").exists()
+
+
+HEAD = "merge_method: ties\nbase_model: x\n"
+MODELS = "models: [{model: x}, {model: y, parameters: {weight: 1, density: 0.5}}]\n"
+SLICE = "{model: x, layer_range: [0, 1]}"
+PASSED_OVER = {
+    f"{HEAD}{MODELS}foo: 1": "unknown key 'foo'; allowed: modules, slices, models, ",
+    f"{HEAD}{MODELS}dtyp: float32": "unknown key 'dtyp'; allowed: ",
+    f"{HEAD}{MODELS}parameters: {{foo: 1}}": "parameters: unknown parameter of ties 'foo'; allowed",
+    f"{HEAD}{MODELS}parameters: {{t: 1}}": "parameters: unknown parameter of ties 't'; allowed",
+    f"{HEAD}{MODELS}parameters: {{weight: {{value: 1, filtr: mlp}}}}": (
+        "parameters.weight: unknown key 'filtr'; allowed: value, filter; did you mean filter?"
+    ),
+    f"{HEAD}{MODELS}parameters: {{weight: [{{value: 1}}, {{value: 1, layers: [0, 1]}}]}}": (
+        "parameters.weight[1]: unknown key 'layers'; allowed: value, filter"
+    ),
+    f"{HEAD}models: [{{model: x, weight: 1}}]": "models[0]: unknown key 'weight'; allowed: model, ",
+    f"{HEAD}models: [{{model: x, parameters: {{wieght: 1}}}}]": (
+        "models[0].parameters: unknown parameter of ties 'wieght'; allowed: weight, density"
+    ),
+    f"{HEAD}models: [{{model: x, parameters: {{normalize: true}}}}]": (
+        "models[0].parameters.normalize: one for all models, not for one"
+    ),
+    f"{HEAD}slices: [{{sources: [{SLICE}], filter: a}}]": "slices[0]: unknown key 'filter'",
+    f"{HEAD}slices: [{{sources: [{{model: x, layer_range: [0, 1], scale: 1}}]}}]": (
+        "slices[0].sources[0]: unknown key 'scale'"
+    ),
+    f"{HEAD}modules: {{default: {{models: [{{model: x}}], foo: 1}}}}": (
+        "modules.default: unknown key 'foo'"
+    ),
+    f"{HEAD}{MODELS}tokenizer: {{source: base, tokns: {{}}}}": "tokenizer: unknown key 'tokns'",
+    f"merge_method: tie\n{MODELS}": "merge_method: unknown method 'tie'; allowed: multislerp, ",
+}
+
+
+@pytest.mark.parametrize("text", PASSED_OVER, ids=lambda text: PASSED_OVER[text][:50])
+def test_what_mergekit_passes_over_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        by_mergekit.notes_on(text)
+    (line,) = caught.value.lines
+    assert line.startswith("merge.backend=mergekit: ") and PASSED_OVER[text] in line
+
+
+def test_what_mergekit_reads_is_let_through() -> None:
+    body = {
+        "merge_method": "ties",
+        "base_model": {"model": {"path": "x"}},
+        "slices": [
+            {
+                "sources": [
+                    {"model": "x", "layer_range": [0, 1]},
+                    {"model": "y+z", "layer_range": [0, 1], "parameters": {"weight": [0, 1]}},
+                ],
+                "parameters": {"density": [{"value": 1, "filter": "mlp"}, {"value": "5e-1"}]},
+                "base_model": "x",
+            }
+        ],
+        "parameters": {"normalize": True, "int8_mask": True, "lambda": 1},
+        "tokenizer": {"source": "union", "tokens": {"<a>": {"source": "x", "force": True}}},
+        "chat_template": "auto",
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    assert by_mergekit.notes_on(yaml.safe_dump(body)) == ()
+
+
+@pytest.mark.parametrize("dtype", ["", "dtype: bfloat16", "dtype: float32"])
+def test_the_note_says_what_mergekit_computes_in(dtype: str) -> None:
+    notes = by_mergekit.notes_on(f"{HEAD}{MODELS}{dtype}")
+    words = ["in the models' own type", "in bfloat16"]
+    assert [word for word in words if word in " ".join(notes)] == (
+        [] if "float32" in dtype else [words["bfloat16" in dtype]]
+    )
+    assert len(notes) == ("float32" not in dtype)

@@ -138,6 +138,10 @@ def test_the_first_line_carries_what_mergekits_yaml_cannot(tmp_path: Path) -> No
     MergeConfiguration.model_validate(yaml.safe_load(text))
     path.write_text(body)
     assert read_mergekit(path).header is None
+    own = with_header(body, Header("mergekit", 7, own_dtypes=True), method="ties")
+    path.write_text(f"{own}dtype: float32\n")
+    assert read_mergekit(path).header == Header("mergekit", 7, own_dtypes=True)
+    assert read_mergekit(path).merge.dtype is None
     path.write_text(f"# mediphi: semantics=other seed=1\n{body}")
     with pytest.raises(ConfigError, match=r"merge.yml:1: must be '# mediphi: semantics="):
         read_mergekit(path)

@@ -14,10 +14,10 @@ from mergekit.plan import MergePlanner
 from transformers import Phi3Config
 
 from mediphi.config.merging import Merge
-from mediphi.errors import ConfigError, DataError
+from mediphi.errors import ConfigError, DataError, UserError
 from mediphi.merge.mergekit_writing import write_mergekit
 from mediphi.merge.mergekit_yaml import read_mergekit
-from mediphi.merge.settings import place_of, resolve, values_of
+from mediphi.merge.settings import check_layers, place_of, resolve, values_of
 
 NUM_LAYERS = 5
 NAMES = [
@@ -164,6 +164,57 @@ def test_a_written_file_is_read_as_the_same_merge(
     for name in NAMES:
         assert first(name)["weight"] == pytest.approx(second(name)["weight"], abs=1e-12)
         assert first(name)["normalize"] == second(name)["normalize"]
+
+
+ends = st.integers(0, NUM_LAYERS + 2)
+ranges = st.tuples(ends, ends).filter(lambda two: two[0] < two[1])
+any_layers = st.lists(
+    st.fixed_dictionaries({"value": plain}, optional={"filter": filters, "layers": ranges}),
+    max_size=3,
+).map(lambda entries: (*entries, {"value": 0.5}))
+
+
+@given(weight=any_layers, own=any_layers)
+@settings(max_examples=300, deadline=None)
+def test_any_layers_are_written_and_read_as_the_same_merge_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, weight: Any, own: Any
+) -> None:
+    merge = Merge.model_validate(
+        {
+            "method": "ties",
+            "base": "x/base",
+            "models": {"a": {"path": "x/a", "parameters": {"weight": own}}},
+            "parameters": {"weight": weight},
+        }
+    )
+    beyond = [e for e in (*weight, *own) if e.get("layers", (0, 0))[1] > NUM_LAYERS]
+    if beyond:
+        allowed = rf"weight: layers=\[\d, \d\]: the models have {NUM_LAYERS} layers; allowed"
+        with pytest.raises(UserError, match=allowed):
+            check_layers(merge, num_layers=NUM_LAYERS)
+        return
+    check_layers(merge, num_layers=NUM_LAYERS)
+    text = write_mergekit(
+        merge,
+        base=Path("x/base"),
+        models={"a": Path("x/a")},
+        num_layers=NUM_LAYERS,
+        dtype="float32",
+    )
+    path = tmp_path_factory.getbasetemp() / "layers.yml"
+    path.write_text(text)
+    again = read_mergekit(path).merge
+    first, second = values_of(merge, num_layers=NUM_LAYERS), values_of(again, num_layers=NUM_LAYERS)
+    for name in NAMES:
+        assert first(name)["weight"] == pytest.approx(second(name)["weight"], abs=1e-12)
+
+
+def test_a_gradient_of_whole_numbers_that_passes_others_is_refused() -> None:
+    body = {"method": "karcher", "models": {"a": {"path": "a"}}, "parameters": {"max_iter": [1, 4]}}
+    values = values_of(Merge.model_validate(body), num_layers=NUM_LAYERS)
+    assert values(NAMES[0])["max_iter"] == 1
+    with pytest.raises(DataError, match=r"max_iter: 1.75 for model.layers.1.* whole numbers only"):
+        values("model.layers.1.mlp.down_proj.weight")
 
 
 def test_embeddings_count_to_the_first_layer_and_the_head_to_the_last() -> None:

@@ -1,9 +1,9 @@
 """Schema of a merge: which models, by which method, with which numbers."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, PositiveFloat
 
 from mediphi.config.methods import METHODS, Method, Parameter, Semantics
 from mediphi.config.report import nearest
@@ -13,9 +13,23 @@ Conditional = dict[str, str | float | bool | tuple[float, ...]]
 """`value`, a number or a gradient, for tensors whose name contains `filter` and for layers
 `[first, end)` of `layers`; either may be left out."""
 
-Setting = bool | float | tuple[float, ...] | tuple[Conditional, ...]
+_ALLOWED = "must be a finite number, true or false, a list of numbers or of {value, filter, layers}"
+
+
+def _told_once(union: Any, handler: GetCoreSchemaHandler) -> Any:
+    """One sentence for all members of the union, of which each would tell its own."""
+    said = {"custom_error_type": "setting", "custom_error_message": _ALLOWED}
+    return {**handler(union), **said}
+
+
+Setting = Annotated[
+    bool | float | tuple[float, ...] | tuple[Conditional, ...], GetPydanticSchema(_told_once)
+]
 """A number; a gradient, interpolated over the layers; or conditionals, of which the first counts
 that fits. The forms of mergekit's YAML, with `layers` in place of its slices."""
+
+LISTS = (tuple, list)
+"""Rules are judged of plain JSON, too, where another rule or key is broken."""
 
 Settings = dict[str, Setting]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -69,6 +83,9 @@ class Merge(Strict):
         method = METHODS.get(self.method)
         if method is None:
             if self.backend == "mergekit":
+                yield from _broken_conditionals(self.parameters, "parameters")
+                for name, model in self.models.items():
+                    yield from _broken_conditionals(model.parameters, f"models.{name}.parameters")
                 return
             near = nearest(self.method, METHODS)
             yield BrokenRule(
@@ -123,9 +140,17 @@ def _broken_settings(
             yield BrokenRule(f"{place}.{name}", wrong)
 
 
+def _broken_conditionals(settings: Settings, place: str) -> Iterator[BrokenRule]:
+    """Of a method that we do not know: only the form can be judged."""
+    for name, setting in settings.items():
+        for entry in setting if isinstance(setting, LISTS) else ():
+            if isinstance(entry, dict) and (wrong := _wrong_form(entry)):
+                yield BrokenRule(f"{place}.{name}", wrong)
+
+
 def _wrong(parameter: Parameter, setting: Setting) -> str | None:
     """What a setting must be, if it is not."""
-    if not isinstance(setting, tuple):
+    if not isinstance(setting, LISTS):
         return _wrong_value(parameter, setting)
     if not setting:
         return "must have at least one entry"
@@ -137,11 +162,18 @@ def _wrong(parameter: Parameter, setting: Setting) -> str | None:
 
 
 def _wrong_conditional(parameter: Parameter, entry: Conditional) -> str | None:
+    if wrong := _wrong_form(entry):
+        return wrong
+    value = entry["value"]
+    return _wrong(parameter, value) if not isinstance(value, str) else "value must be a number"
+
+
+def _wrong_form(entry: Conditional) -> str | None:
     if "value" not in entry or entry.keys() - {"value", "filter", "layers"}:
         return "an entry has value, and may have filter and layers"
     layers = entry.get("layers", (0, 1))
     if not (
-        isinstance(layers, tuple)
+        isinstance(layers, LISTS)
         and len(layers) == 2
         and all(float(one).is_integer() for one in layers)
         and 0 <= layers[0] < layers[1]
@@ -149,8 +181,7 @@ def _wrong_conditional(parameter: Parameter, entry: Conditional) -> str | None:
         return "layers must be [first, end), two whole numbers"
     if not isinstance(entry.get("filter", ""), str):
         return "filter must be text"
-    value = entry["value"]
-    return _wrong(parameter, value) if not isinstance(value, str) else "value must be a number"
+    return None
 
 
 def _wrong_value(parameter: Parameter, value: object) -> str | None:
@@ -158,6 +189,8 @@ def _wrong_value(parameter: Parameter, value: object) -> str | None:
         return None if isinstance(value, bool) else "must be true or false"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "must be a number, a list of numbers, or a list of {value, filter, layers}"
-    if not parameter.low <= value <= parameter.high:
-        return f"must be from {parameter.low:g} to {parameter.high:g}: {parameter.meaning}"
+    whole = "a whole number " if parameter.is_whole else ""
+    is_fraction = parameter.is_whole and not float(value).is_integer()
+    if is_fraction or not parameter.low <= value <= parameter.high:
+        return f"must be {whole}from {parameter.low:g} to {parameter.high:g}: {parameter.meaning}"
     return None

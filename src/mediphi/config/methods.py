@@ -18,6 +18,7 @@ class Parameter(NamedTuple):
         low, high: allowed values, both included; of a switch: False and True.
         searched: bounds within which the search moves; None: it stays as it is.
         per_model: whether every merged model has its own.
+        is_whole: whether only whole numbers are allowed.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Parameter(NamedTuple):
     high: float = 1.0
     searched: tuple[float, float] | None = None
     per_model: bool = False
+    is_whole: bool = False
 
     @property
     def is_switch(self) -> bool:
@@ -120,7 +122,7 @@ METHODS: dict[str, Method] = {
             "Karcher mean on the sphere",
             "arXiv 2603.04972",
             (
-                Parameter("max_iter", "most iterations", 10, 1, 10_000),
+                Parameter("max_iter", "most iterations", 10, 1, 10_000, is_whole=True),
                 Parameter("tol", "step at which it ends", 1e-5, 0.0, 1.0),
             ),
             base="none",

@@ -1,20 +1,23 @@
 """The second backend: mergekit does the merge, for its other methods and as a check of ours."""
 
+import contextlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from mediphi.artifacts import write_atomic
+from mediphi.artifacts import room_for, write_atomic
 from mediphi.artifacts.files import sync_folder
 from mediphi.errors import ConfigError, MachineError, UserError
 from mediphi.merge.agreement import dtype_name
 from mediphi.merge.checkpoints import Checkpoint, open_checkpoint
 from mediphi.merge.engine import MergeFacts, check_finite
 from mediphi.merge.folders import companions
+from mediphi.merge.mergekit_keys import check_keys
 from mediphi.merge.storage import is_finite
 from mediphi.merge.vocabularies import stop_ids
 
@@ -34,6 +37,7 @@ def merge_by_mergekit(
 
     Raises:
         UserError: mergekit is not installed, or refuses; or the result is not finite.
+        MachineError: the disk is full; the next start begins anew.
     """
     merging, config = _loaded(text)
     parents = [open_checkpoint(Path(folder)) for folder in _folders(config)]
@@ -46,7 +50,10 @@ def merge_by_mergekit(
         quiet=True,
     )
     try:
-        merging.run_merge(config, str(partial), options)
+        with _without_advice(), room_for(scratch, _size(parents[0], config)):
+            merging.run_merge(config, str(partial), options)
+    except UserError:
+        raise
     except OSError as error:
         raise MachineError(f"mergekit: {error.strerror}: {error.filename}") from None
     except Exception as error:  # it has no errors of its own
@@ -65,12 +72,50 @@ def merge_by_mergekit(
         num_shards=len(files),
         num_resumed=0,
         stop_ids=tuple(stop_ids(parents)),
-        notes=(),
+        notes=notes_on(text),
     )
     sync_folder(partial)
     partial.rename(target)
     sync_folder(target.parent)
     return facts
+
+
+def notes_on(text: str) -> tuple[str, ...]:
+    """What mergekit does in another way than we do.
+
+    Raises:
+        ConfigError: the text is none of mergekit's, or holds what it would pass over in silence.
+    """
+    _, config = _loaded(text)
+    if config.dtype == "float32":
+        return ()
+    computes = f"in {config.dtype}" if config.dtype else "in the models' own type"
+    return (
+        f"mergekit computes {computes}, merge.backend=mediphi in float32: for the same numbers "
+        "dtype: float32 in the file, with out_dtype for what is written",
+    )
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """transformers advises whoever calls it, here mergekit: no user can follow that."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _size(parent: Checkpoint, config: Any) -> int:
+    """Bytes of a model like `parent`, in the type that mergekit writes."""
+    named = getattr(torch, config.out_dtype or config.dtype or "", None)
+    stated = named if isinstance(named, torch.dtype) else None
+    return sum(
+        math.prod(own.shape) * (stated or own.dtype).itemsize for own in parent.tensors.values()
+    )
 
 
 def _emptied(scratch: Path, target: Path) -> Path:
@@ -132,7 +177,10 @@ def _loaded(text: str) -> tuple[Any, Any]:
                 "merge.backend=mergekit: mergekit is not installed: pip install 'mediphi[merge]'"
             ) from None
     try:
-        return merging, MergeConfiguration.model_validate(yaml.safe_load(text))
+        body = yaml.safe_load(text)
+        config = MergeConfiguration.model_validate(body)
     except (yaml.YAMLError, ValidationError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError([f"merge.config: mergekit cannot read it: {reason}"]) from None
+    check_keys(body, config)
+    return merging, config

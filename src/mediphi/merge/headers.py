@@ -7,7 +7,9 @@ from mediphi.config.methods import METHODS, Semantics
 from mediphi.errors import ConfigError
 
 MARK = "# mediphi:"
-SHAPE = re.compile(rf"{MARK} semantics=(mergekit|paper) seed=(\d{{1,19}})(?: \(.*\))?")
+SHAPE = re.compile(
+    rf"{MARK} semantics=(mergekit|paper) seed=(\d{{1,19}})( dtypes=own)?(?: \(.*\))?"
+)
 
 
 class Header(NamedTuple):
@@ -15,10 +17,13 @@ class Header(NamedTuple):
 
     Attributes:
         seed: of random masks.
+        own_dtypes: whether each tensor keeps the type it has in the first model, in place of the
+            file's one type for all.
     """
 
     semantics: Semantics
     seed: int
+    own_dtypes: bool = False
 
 
 def with_header(text: str, header: Header, *, method: str) -> str:
@@ -28,7 +33,8 @@ def with_header(text: str, header: Header, *, method: str) -> str:
     told = f" (mergekit would give other weights: here {differs})" if differs else ""
     if text.startswith(MARK):
         text = text.partition("\n")[2]
-    return f"{MARK} semantics={header.semantics} seed={header.seed}{told}\n{text}"
+    own = " dtypes=own" if header.own_dtypes else ""
+    return f"{MARK} semantics={header.semantics} seed={header.seed}{own}{told}\n{text}"
 
 
 def read_header(text: str, where: str) -> Header | None:
@@ -42,6 +48,10 @@ def read_header(text: str, where: str) -> Header | None:
     found = SHAPE.fullmatch(text.partition("\n")[0].rstrip())
     if found is None:
         raise ConfigError(
-            [f"{where}:1: must be '{MARK} semantics=mergekit|paper seed=NUMBER', or left out"]
+            [
+                f"{where}:1: must be '{MARK} semantics=mergekit|paper seed=NUMBER [dtypes=own]', "
+                "or left out"
+            ]
         )
-    return Header("paper" if found[1] == "paper" else "mergekit", int(found[2]))
+    semantics = "paper" if found[1] == "paper" else "mergekit"
+    return Header(semantics, int(found[2]), own_dtypes=bool(found[3]))

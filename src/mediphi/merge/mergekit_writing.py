@@ -39,8 +39,9 @@ def write_mergekit(
         body["base_model"] = str(base)
     cuts = _cuts([merge.parameters, *(settings for _, settings in own)], num_layers)
     if len(cuts) == 2:
-        body["models"] = [_entry(folder, settings) for folder, settings in own]
-        body["parameters"] = _plain(merge.parameters)
+        whole = (0, num_layers)
+        body["models"] = [_entry(folder, _cut(s, whole, num_layers)) for folder, s in own]
+        body["parameters"] = _plain(_cut(merge.parameters, whole, num_layers))
     else:
         if base is not None and str(base) not in dict(own):
             own.append((str(base), {}))

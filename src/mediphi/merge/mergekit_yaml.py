@@ -87,7 +87,9 @@ def read_mergekit(path: Path) -> Recipe:
         "base": base,
         "models": {names[f]: {"path": f, "parameters": own[f]} for f in folders},
         "parameters": _joined([(s.layers, s.shared) for s in slices], below=whole),
-        "dtype": body.get("out_dtype") or body.get("dtype"),
+        "dtype": None
+        if header and header.own_dtypes
+        else body.get("out_dtype") or body.get("dtype"),
         "semantics": header.semantics if header else "mergekit",
     }
     try:

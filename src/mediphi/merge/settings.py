@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from mediphi.config.merging import Merge, Setting, Settings
 from mediphi.config.methods import METHODS, Parameter
-from mediphi.errors import DataError
+from mediphi.errors import DataError, UserError
 
 Values = Mapping[str, float | bool | tuple[float, ...]]
 """Parameter -> its value; of a parameter that each model has for itself one number per model."""
@@ -79,6 +79,25 @@ def _gradient(values: Sequence[float | bool], share: float) -> float | bool:
     return (1 - (at - low)) * values[low] + (at - low) * values[high]
 
 
+def check_layers(merge: Merge, *, num_layers: int) -> None:
+    """Refuse `layers` beyond the models' last one.
+
+    Raises:
+        UserError: naming the key.
+    """
+    scopes = {f"merge.models.{name}.parameters": m.parameters for name, m in merge.models.items()}
+    for place, settings in ({"merge.parameters": merge.parameters} | scopes).items():
+        for name, setting in settings.items():
+            for entry in setting if isinstance(setting, tuple) else ():
+                layers = entry.get("layers", (0, 0)) if isinstance(entry, dict) else (0, 0)
+                first, end = map(int, layers)  # type: ignore[arg-type]
+                if end > num_layers:
+                    raise UserError(
+                        f"{place}.{name}: layers=[{first}, {end}]: the models have {num_layers} "
+                        f"layers; allowed: [first, end) with end up to {num_layers}"
+                    )
+
+
 def values_of(merge: Merge, *, num_layers: int) -> Callable[[str], Values]:
     """The values of every parameter of `merge.method`, by the name of a tensor.
 
@@ -106,10 +125,20 @@ def _value(parameter: Parameter, scopes: Sequence[Settings], place: Place) -> fl
         if parameter.name in scope:
             value = resolve(scope[parameter.name], place)
             if value is not None:
-                return value
+                return _whole(parameter, value, place)
     if parameter.default is None:
         raise DataError(
             f"merge.parameters.{parameter.name}: no entry fits {place.name}; "
             "add one without filter and layers"
         )
     return parameter.default
+
+
+def _whole(parameter: Parameter, value: float | bool, place: Place) -> float | bool:
+    """A gradient between whole numbers passes others."""
+    if parameter.is_whole and not float(value).is_integer():
+        raise DataError(
+            f"merge.parameters.{parameter.name}: {value:g} for {place.name}; whole numbers only: "
+            "give one number in place of the gradient"
+        )
+    return value
