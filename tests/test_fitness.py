@@ -20,8 +20,8 @@ from mediphi.fitness import (
     EncodedSets,
     Progress,
     SetScores,
-    best_possible,
     encode_sets,
+    in_rounds,
     score_sets,
 )
 from mediphi.records import MultipleChoice
@@ -205,13 +205,57 @@ def test_a_hook_that_never_stops_changes_nothing_and_is_not_asked_at_the_end(mod
     assert len(calls) == len(sets.passes) - 1
 
 
-def test_the_best_possible_fitness_bounds_the_real_one(model, tokenizer):
-    bounds: list[float] = []
-    sets = encoded(tokenizer, tokens_per_pass=1)
-    real = score_sets(model, sets, hopeless=lambda p: bool(bounds.append(best_possible(p))))
-    assert bounds == sorted(bounds, reverse=True)
-    assert bounds[0] <= 1 and bounds[-1] >= real.fitness
-    assert best_possible({"a": Progress(1, 2, 4), "b": Progress(0, 0, 3)}) == pytest.approx(0.875)
+def in_sizes(tokenizer: PreTrainedTokenizerBase, **sizes: int) -> EncodedSets:
+    """Sets of so many questions, each longer than the one before, with two or three options."""
+    sets = {
+        name: [question(f"{name}{n}", 1 + n, *[2] * (2 + n % 2), group=name) for n in range(size)]
+        for name, size in sizes.items()
+    }
+    return encoded(tokenizer, sets, tokens_per_pass=60)
+
+
+def test_rounds_hold_as_many_of_every_set_whatever_the_draw(model, tokenizer):
+    sets = in_sizes(tokenizer, a=34, b=10, c=3)
+    for seed in ([0], [1], [7, 7]):
+        seen: list[Mapping[str, Progress]] = []
+        got = score_sets(
+            model,
+            in_rounds(sets, seed=seed),
+            hopeless=lambda progress, seen=seen: bool(seen.append(progress)),
+        )
+        done = [tuple(own.done for own in progress.values()) for progress in seen]
+        assert done[:4] == [(4, 1, 1), (8, 2, 2), (12, 3, 3), (16, 4, 3)]
+        assert len(done) == 9 and done[-1] == (31, 9, 3)
+        assert got == score_sets(model, sets)
+
+
+def test_rounds_are_drawn_by_the_seed_and_packed_within_the_limit(tokenizer):
+    sets = in_sizes(tokenizer, a=34, b=10)
+    one, same, other = (in_rounds(sets, seed=[seed]) for seed in (1, 1, 2))
+    orders = [[pack.places for pack in own.passes] for own in (one, same, other)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sorted(place for places in order for place in places) == list(range(44))
+    for pack in one.passes:
+        assert pack.input_ids.shape[1] <= sets.limit or len(pack.places) == 1
+        assert len({len(sets.questions[place].options) for place in pack.places}) == 1
+
+
+def test_what_is_done_at_a_look_is_a_random_sample_of_each_set(tokenizer):
+    """Of long and short ones, of those with two options and with three; longest first is not."""
+    sets = in_sizes(tokenizer, a=40, b=20)
+    for name, places in (("a", range(40)), ("b", range(40, 60))):
+        counts = torch.zeros(60)
+        for seed in range(300):
+            own = in_rounds(sets, seed=[seed])
+            first = min(own.looks)
+            for pack in own.passes[:first]:
+                counts[list(pack.places)] += 1
+        share = counts[list(places)] / 300
+        # a tenth each: five standard errors
+        assert ((share - 0.1).abs() < 5 * (0.09 / 300) ** 0.5).all(), name
+    longest_first = {place for pack in sets.passes[:3] for place in pack.places}
+    assert min(longest_first - set(range(40, 60))) > 20
 
 
 def test_the_model_is_scored_in_eval_mode_without_gradients_and_left_as_it_was(tokenizer):

@@ -5,8 +5,8 @@ sent to the device once. A prompt is forwarded once for all its options, and onl
 tokens meet the vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from mediphi.modules.row_logps import row_logps
 from mediphi.records import MultipleChoice
 
 TOKENS_PER_PASS = {"cuda": 32_768, "cpu": 2_048}
+NUM_ROUNDS = 10
+"""Of a scoring that may be stopped after each: more stop earlier, and fill their passes less."""
 
 
 class Progress(NamedTuple):
@@ -37,7 +39,7 @@ class Progress(NamedTuple):
 
 
 Hopeless = Callable[[Mapping[str, Progress]], bool]
-"""Looks at every set between passes; True stops the scoring."""
+"""Looks at every set between passes or rounds; True stops the scoring."""
 
 
 class Pass(NamedTuple):
@@ -63,13 +65,22 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EncodedSets:
-    """Questions of all sets, ready for any model with this tokenizer on this device."""
+    """Questions of all sets, ready for any model with this tokenizer on this device.
+
+    Attributes:
+        encoded, set_names: of each question.
+        looks: numbers of passes done after which the scoring may be stopped.
+        limit, long_above: as in `encode_sets`.
+    """
 
     questions: tuple[MultipleChoice, ...]
+    encoded: tuple[EncodedQuestion, ...]
     set_names: tuple[str, ...]
-    """Of each question."""
     passes: tuple[Pass, ...]
+    looks: frozenset[int]
     device: Device
+    limit: int
+    long_above: int | None
 
     @property
     def num_tokens(self) -> int:
@@ -116,23 +127,46 @@ def encode_sets(
         UserError: a question without a token to score, or the flash kernel.
     """
     questions = tuple(question for own in sets.values() for question in own)
-    encoded = [encode(question, tokenizer=tokenizer) for question in questions]
-    limit = tokens_per_pass or TOKENS_PER_PASS[device.type]
-    return EncodedSets(
+    whole = EncodedSets(
         questions=questions,
+        encoded=tuple(encode(question, tokenizer=tokenizer) for question in questions),
         set_names=tuple(name for name, own in sets.items() for _ in own),
-        passes=tuple(
-            _pass(places, [encoded[place] for place in places], device)
-            for places in _places(encoded, limit, long_above)
-        ),
+        passes=(),
+        looks=frozenset(),
         device=device,
+        limit=tokens_per_pass or TOKENS_PER_PASS[device.type],
+        long_above=long_above,
     )
+    passes = tuple(_packed(whole, range(len(questions))))
+    return replace(whole, passes=passes, looks=frozenset(range(1, len(passes))))
+
+
+def in_rounds(sets: EncodedSets, *, seed: Sequence[int]) -> EncodedSets:
+    """The same questions, packed anew in rounds that each have as many of every set as the others.
+
+    Which ones is drawn at random, and so is what has been answered at every look: a sample without
+    replacement of each set, whose size follows from that of the set alone. Length, place and number
+    of options of a question tell nothing about its round.
+
+    Args:
+        seed: another one for every model that is scored, see `merge.search.evaluation`.
+    """
+    random = np.random.default_rng(seed)
+    rounds: list[list[int]] = [[] for _ in range(NUM_ROUNDS)]
+    names = np.array(sets.set_names)
+    for name in dict.fromkeys(sets.set_names):
+        drawn = random.permutation(np.flatnonzero(names == name))
+        for own, part in zip(rounds, np.array_split(drawn, NUM_ROUNDS), strict=True):
+            own += part.tolist()
+    packed = [tuple(_packed(sets, own)) for own in rounds if own]
+    ends = accumulate(map(len, packed))
+    return replace(sets, passes=tuple(one for own in packed for one in own), looks=frozenset(ends))
 
 
 def score_sets(
     model: PreTrainedModel, sets: EncodedSets, *, hopeless: Hopeless | None = None
 ) -> SetScores:
-    """Answers every question, or stops where `hopeless` says so.
+    """Answers every question, or stops where `hopeless` says so at one of the sets' looks.
 
     The model is on the device, with the attention implementation of the device's kernel, and is put
     into eval mode for the call and back after it. Precision: as stated by the device.
@@ -144,7 +178,9 @@ def score_sets(
     training = model.training
     model.eval()
     try:
-        for one, logps in zip(sets.passes, _logps(model, sets), strict=False):
+        for number, (one, logps) in enumerate(
+            zip(sets.passes, _logps(model, sets), strict=False), start=1
+        ):
             ends = np.cumsum(one.lengths)[:-1]
             rows = iter(np.split(logps, ends))
             for place in one.places:
@@ -152,7 +188,9 @@ def score_sets(
                 answer = judge(question, [next(rows) for _ in question.options])
                 scored[place] = answer.scored()
             is_complete = len(scored) == len(sets.questions)
-            if hopeless and not is_complete and hopeless(_progress(sets, scored)):
+            if is_complete or hopeless is None or number not in sets.looks:
+                continue
+            if hopeless(_progress(sets, scored)):
                 break
     finally:
         model.train(training)
@@ -160,12 +198,6 @@ def score_sets(
     for place in sorted(scored):
         by_set[sets.set_names[place]].append(scored[place])
     return SetScores(by_set, is_complete=len(scored) == len(sets.questions))
-
-
-def best_possible(progress: Mapping[str, Progress]) -> float:
-    """The fitness if all that is left were answered rightly: no model below a rival can catch up
-    once this is below it."""
-    return fmean((own.correct + own.total - own.done) / own.total for own in progress.values())
 
 
 def _progress(sets: EncodedSets, scored: Mapping[int, Scored]) -> dict[str, Progress]:
@@ -191,20 +223,25 @@ def _logps(model: PreTrainedModel, sets: EncodedSets) -> Iterator[np.ndarray]:
         yield logps.float().cpu().numpy()
 
 
-def _places(
-    encoded: Sequence[EncodedQuestion], limit: int, long_above: int | None
-) -> Iterator[list[int]]:
+def _packed(sets: EncodedSets, places: Iterable[int]) -> Iterator[Pass]:
+    for own in _groups(sets, places):
+        yield _pass(own, [sets.encoded[place] for place in own], sets.device)
+
+
+def _groups(sets: EncodedSets, places: Iterable[int]) -> Iterator[list[int]]:
     """Questions of a pass: equally many options, one side of `long_above`, longest first."""
     kinds: dict[tuple[int, bool], list[int]] = {}
-    for place, one in enumerate(encoded):
-        is_long = long_above is not None and max(map(len, one.sequences)) > long_above
-        kinds.setdefault((len(one.sequences), is_long), []).append(place)
+    above = sets.long_above
+    for place in places:
+        sequences = sets.encoded[place].sequences
+        is_long = above is not None and max(map(len, sequences)) > above
+        kinds.setdefault((len(sequences), is_long), []).append(place)
     for own in kinds.values():
         group: list[int] = []
         used = 0
-        for place in sorted(own, key=lambda place: -_row_tokens(encoded[place])):
-            tokens = _row_tokens(encoded[place])
-            if group and used + tokens > limit:
+        for place in sorted(own, key=lambda place: -_row_tokens(sets.encoded[place])):
+            tokens = _row_tokens(sets.encoded[place])
+            if group and used + tokens > sets.limit:
                 yield group
                 group, used = [], 0
             group.append(place)

@@ -53,8 +53,6 @@ from mediphi.tracking.names import search_header
 from mediphi.tracking.progress import silence_lightning
 
 LEDGER = "ledger.jsonl"
-EARLY_STOP_RISK = 0.0
-"""Questions come longest first, not at random: only what is certain is given up."""
 
 
 def search_merge(config: Config) -> RunResult:
@@ -159,7 +157,10 @@ def _tell(space: Space, sets: list[ValidationSet], stage: SearchStage) -> None:
 
 
 def _evaluations(stage: SearchStage, space: Space) -> int:
-    """At most; a grid has no more than its combinations, one axis for every coordinate."""
+    """At most; a grid has no more than its combinations, one axis for every coordinate; a greedy
+    soup tries every model alone, and then all but the first once more."""
+    if stage.strategy == "greedy":
+        return min(stage.evaluations, 2 * len(space.models) - 1)
     if stage.strategy != "grid":
         return stage.evaluations
     axes = (stage.grid.get(c.name, stage.grid.get(c.parameter, ())) for c in space.coordinates)
@@ -191,7 +192,7 @@ def _found(
         num_evaluations=_evaluations(stage, space),
         minutes=stage.minutes,
         grid=stage.grid,
-        risk=EARLY_STOP_RISK if stage.early_stop else None,
+        risk=stage.early_stop_risk if stage.early_stop else None,
         identity=_identity(config, sources, fingerprint),
     )
     folder = run_dir(config)
@@ -295,7 +296,11 @@ def _worth(found: SearchResult) -> Table:
             ("hold-out part, which chose nothing", _interval(found.holdout)),
             ("gap: search part less hold-out part", f"{100 * found.gap:+.1f} points"),
         ]
-    rows.append(("candidates scored", f"{len(found.records):,}"))
+    rows.append(("candidates scored to the end", f"{found.count('ok'):,}"))
+    if given_up := found.count("stopped"):
+        rows.append(("candidates given up: no corrected score", f"{given_up:,}"))
+    if failed := found.count("failed"):
+        rows.append(("candidates that failed", f"{failed:,}"))
     return "What that is worth", rows
 
 

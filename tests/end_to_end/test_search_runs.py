@@ -216,6 +216,11 @@ def test_a_greedy_soup_is_a_search(near: Place, models: Models, questions: Path)
     run = run_of(near, [*command, "stage.strategy=greedy"])
     records = ledger(run.run_dir)[1:]
     assert [tuple(one["genome"].values()) for one in records] == [(1, 0), (0, 1), (1, 1)]
+    assert "search      greedy, 2 coordinates, 3 candidates\n" in run.ended.out
+    *alone, soup = records
+    best = max(alone, key=lambda one: one["evaluation"]["fitness"])
+    is_taken = soup["evaluation"]["fitness"] >= best["evaluation"]["fitness"]
+    assert found_in(run.run_dir)["genome"] == (soup if is_taken else best)["genome"]
 
 
 def test_a_search_begins_at_the_merges_numbers(
@@ -229,19 +234,51 @@ def test_a_search_begins_at_the_merges_numbers(
         assert genome["density/b"] == pytest.approx(0.3, abs=0.01)
 
 
-def test_early_stop_finds_the_same_winner(near: Place, models: Models, tmp_path: Path) -> None:
-    """Where draws do not depend on scores; long questions need more than one pass."""
-    asked = write_questions(tmp_path / "long.jsonl", num_words=150)
+@pytest.mark.parametrize(("risk", "number"), [(0.0, 60), (0.2, 240)])
+def test_early_stop_finds_the_same_winner(
+    risk: float, number: int, near: Place, models: Models, tmp_path: Path
+) -> None:
+    """Where draws do not depend on scores; and it is said that there is no corrected score."""
+    asked = write_questions(tmp_path / "asked.jsonl", number=number)
     command = models.search(asked, "stage.strategy=random", "stage.searched=[weight]")
     whole = run_of(near, command)
     other = Place(near.folder / "early", near.cache, near.assets)
-    early = run_of(other, [*command, "stage.early_stop=true"])
-    assert found_in(early.run_dir)["stopped"] > 0 == found_in(whole.run_dir)["stopped"]
+    stop = ["stage.early_stop=true", f"stage.early_stop_risk={risk}"]
+    early = run_of(other, [*command, *stop])
+    found = found_in(early.run_dir)
+    assert found["stopped"] > 0 == found_in(whole.run_dir)["stopped"]
+    assert found["corrected"] is None
+    card = (early.run_dir / "README.md").read_text()
+    assert f"| candidates scored to the end | {14 - found['stopped']} |" in card
+    assert f"| candidates given up: no corrected score | {found['stopped']} |" in card
+    assert "There is no corrected score" in (early.run_dir / "search.html").read_text()
     assert weights(early.run_dir) == weights(whole.run_dir)
     assert winner_of(early.run_dir) == winner_of(whole.run_dir)
     assert [one["genome"] for one in ledger(early.run_dir)[1:]] == [
         one["genome"] for one in ledger(whole.run_dir)[1:]
     ]
+
+
+def test_a_risk_without_early_stop_is_refused(near: Place, models: Models, questions: Path) -> None:
+    ended = near.run(*models.search(questions, "stage.early_stop_risk=0.1"))
+    assert ended.code == 2
+    told = "stage.early_stop_risk=0.1: takes effect only with stage.early_stop=true"
+    assert ended.err.splitlines() == ["error: 1 problem in the config", f"  {told}"]
+
+
+def test_a_search_that_is_over_builds_no_deltas_again(searched: Finished, near: Place) -> None:
+    """Killed in the merge of its winner: the ledger is told anew, and the merge goes on."""
+    run_dir = near.runs / "search" / searched.run_dir.name
+    assert near.run(*searched.command, limit=die_in_the_merge).code == -signal.SIGKILL
+    ended = near.run(*searched.command, limit=no_candidates)
+    assert ended.code == 0, ended
+    equal_runs(run_dir, searched.run_dir)
+
+
+def no_candidates() -> None:
+    import mediphi.candidate_bench
+
+    del mediphi.candidate_bench.Candidates
 
 
 def test_minutes_end_a_search_too(near: Place, models: Models, questions: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,30 @@ def test_an_error_names_the_tensor_and_the_next_candidate_is_right(
     own.build(values)
     own.close()
     assert same(targets, written(job, values, tmp_path / "written"))
+
+
+def test_a_candidate_that_failed_writes_nothing_into_the_next(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first tensor fails at once, while the second is still being merged."""
+    job = job_of("linear", models, threads=3)
+    targets = targets_for(job)
+    own = Candidates(job, open_parents(job), targets)
+    first, second, *_ = sorted(targets, key=lambda name: -targets[name].numel())
+    merge_tensor, ended = candidates.merge_tensor, threading.Event()
+
+    def slow(*arguments: Any, out: torch.Tensor, **options: Any) -> None:
+        if out is targets[second]:
+            ended.wait(0.5)
+        merge_tensor(*arguments, out=out, **options)
+        if out is targets[second]:
+            ended.set()
+
+    monkeypatch.setattr(candidates, "merge_tensor", slow)
+    with pytest.raises(MergeError, match=rf"^tensor {first}: "):
+        own.build(lambda name: {"weight": (1.0, -1.0 if name == first else 1.0)})
+    assert ended.is_set()
+    own.close()
 
 
 def test_vectors_in_opposite_directions_are_an_error_of_the_tensor(

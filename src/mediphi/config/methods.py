@@ -77,7 +77,6 @@ NORMALIZE = Parameter("normalize", "divide by the sum of the weights", False)
 RESCALE = Parameter("rescale", "give what is kept the size of the whole", False)
 
 _DELTAS = (WEIGHT, NORMALIZE, LAMBDA)
-_SPARSE = (WEIGHT, DENSITY, NORMALIZE, RESCALE, LAMBDA)
 _CRUMBS = (WEIGHT, DENSITY._replace(default=0.9), GAMMA, NORMALIZE, RESCALE, LAMBDA)
 _RANDOM = (WEIGHT, DENSITY, NORMALIZE, RESCALE._replace(default=True), LAMBDA)
 _NORMALISED = (WEIGHT, DENSITY, NORMALIZE._replace(default=True), RESCALE, LAMBDA)

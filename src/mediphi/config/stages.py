@@ -237,7 +237,15 @@ class SearchStage(Strict):
     layer_groups: PositiveInt = 1
     """Groups of neighbouring layers with values of their own."""
     early_stop: bool = False
-    """Give up a candidate as soon as it cannot become the best any more."""
+    """Give up a candidate that cannot become the best any more, or will not; it may stop after each
+    tenth of the questions, drawn at random. Then there is no corrected score."""
+    early_stop_risk: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that a candidate which would become the best is given up by early_stop; 0: it is given
+    up only if it could not win with all other answers right, which comes late."""
+
+    def broken_rules(self) -> Iterator[BrokenRule]:
+        if self.early_stop_risk and not self.early_stop:
+            yield BrokenRule("early_stop_risk", "takes effect only with stage.early_stop=true")
 
 
 Training = PitStage | DaptStage | SftStage | DpoStage

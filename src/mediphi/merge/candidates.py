@@ -7,7 +7,7 @@ small for the deltas they are subtracted anew, and on a GPU always.
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -62,15 +62,19 @@ class Candidates:
     def build(self, values: Callable[[str], Values]) -> None:
         """Write the merge with these values over the last one: bitwise what `merge` would write.
 
+        When it returns or raises, no thread writes any more: the next candidate can be built.
+
         Raises:
             MergeError: a tensor cannot be merged so, or is too large for float16; names the tensor.
         """
-        for _ in self._pool.map(lambda name: self._write(name, values(name)), self._floats):
-            pass
+        tasks = [self._pool.submit(self._write, name, values) for name in self._floats]
+        wait(tasks)
+        for task in tasks:
+            task.result()
 
     def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
+        """End the threads; what they have not begun is left."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _prepare(
         self, checkpoints: tuple[Checkpoint, ...], name: str
@@ -91,13 +95,14 @@ class Candidates:
         )
         return there, ordered
 
-    def _write(self, name: str, values: Values) -> None:
+    def _write(self, name: str, values: Callable[[str], Values]) -> None:
         operands, ranks = self._operands[name]
+        own = values(name)
         try:
             merge_tensor(
                 self._job.method,
                 operands,
-                values,
+                own,
                 out=self._targets[name],
                 semantics=self._job.semantics,
                 seed=tensor_seed(self._job.seed, name),

@@ -1,8 +1,9 @@
 """Hugging Face folders, read tensor by tensor. Pickles are never opened."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ WHOLE_DTYPES = {
     "I64": torch.int64,
 }
 """Of numbers that must be the same in all models."""
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|word_embeddings|wte)\.weight$")
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class Stored(NamedTuple):
@@ -45,7 +48,8 @@ class Checkpoint:
 
     Attributes:
         config: what config.json holds.
-        tensors: what it stores by name, in the order of its files.
+        tensors: what it stores by name, in the order of its files; not a head that is tied to the
+            embedding, of which it is a copy.
     """
 
     folder: Path
@@ -77,11 +81,13 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model folder; a run directory of ours stands for its `model/`.
 
-    Only headers are read. What the files promise is checked against what they hold.
+    Only headers are read, but a tied head and its embedding. What the files promise is checked
+    against what they hold.
 
     Raises:
         ArtifactError: nothing there, pickles only, a damaged file, a tensor that is missing, stored
-            twice or not a number, an index that names a missing file or one outside the folder.
+            twice or not a number, an index that names a missing file or one outside the folder, a
+            head that is tied by the config and differs from the embedding.
     """
     folder = _model_folder(path)
     config = read_json(folder / CONFIG)
@@ -105,7 +111,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         }
     if not tensors:
         raise ArtifactError(f"{folder}: {files[0]} holds no tensor; {_RESTORE}")
-    return Checkpoint(folder, config, tensors, opened, handles)
+    return _tied_once(Checkpoint(folder, config, tensors, opened, handles))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,6 +219,36 @@ def _stored(path: Path, name: str, header: Mapping[str, Any], data_start: int) -
         )
     start = data_start + header["data_offsets"][0]
     return Stored(path.name, dtype, tuple(header["shape"]), start)
+
+
+def _tied_once(checkpoint: Checkpoint) -> Checkpoint:
+    """Without a head that is a copy of the embedding: merged apart, the two might differ."""
+    names = checkpoint.tensors
+    heads = [name for name in HEADS if name in names]
+    embeddings = [name for name in names if EMBEDDING.search(name)]
+    if len(heads) != 1 or len(embeddings) != 1 or not _is_tied(checkpoint.config):
+        return checkpoint
+    head, embedding = (checkpoint.read(name) for name in (*heads, *embeddings))
+    is_same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if not is_same or not torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):
+        raise ArtifactError(
+            f"{checkpoint.folder}: tensor {heads[0]} differs from {embeddings[0]}, to which "
+            f"{CONFIG} ties it; remove it, or set tie_word_embeddings to false there"
+        )
+    return replace(checkpoint, tensors={n: own for n, own in names.items() if n != heads[0]})
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """What config.json says, or leaves to the architecture's default."""
+    told = config.get("tie_word_embeddings")
+    if told is not None:
+        return bool(told)
+    from transformers import AutoConfig  # seconds
+
+    try:
+        return bool(AutoConfig.for_model(config.get("model_type", "")).tie_word_embeddings)
+    except (ValueError, AttributeError):  # unknown to transformers, or a model of several parts
+        return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

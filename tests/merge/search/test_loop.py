@@ -51,9 +51,11 @@ def test_the_strategy_is_told_the_lowest_fitness_for_a_failure(
     told: list[list[float]] = []
     tell = strategies_module.Cmaes.tell
 
-    def listen(self: strategies_module.Cmaes, points: list, fitness: list[float]) -> None:
+    def listen(
+        self: strategies_module.Cmaes, points: list, fitness: list[float], *, best: int | None
+    ) -> None:
         told.append(list(fitness))
-        tell(self, points, fitness)
+        tell(self, points, fitness, best=best)
 
     monkeypatch.setattr(strategies_module.Cmaes, "tell", listen)
     found = toy_search(tmp_path / "s.jsonl")

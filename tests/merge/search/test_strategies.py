@@ -1,15 +1,17 @@
 """CMA-ES is the library's, the grid is all of it, and both move within the bounds."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import cma
 import numpy as np
 import pytest
-from toy_search import history, toy_search
+from toy_search import history, toy_holdout, toy_search
 
 from mediphi.errors import UserError
 from mediphi.merge.search import (
+    CandidateError,
     Evaluation,
     Fitness,
     Genome,
@@ -215,6 +217,73 @@ def test_the_greedy_soup_takes_a_model_where_the_mean_is_no_worse(tmp_path: Path
     assert len(result.records) == 4 + 3 and result.ended == "exhausted"
     assert result.winner.genome == {"weight/a": 0, "weight/b": 1, "weight/c": 0, "weight/d": 1}
     assert result.winner.fitness == pytest.approx(-0.05)
+
+
+PAIR = Space("linear", ("a", "b"))
+GREEDY = SearchSettings(strategy="greedy")
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "winner"),
+    [
+        ((0.5, 0.5), 0.5, (1, 1)),
+        ((0.5, 0.5), 0.4, (1, 0)),
+        ((0.4, 0.5), 0.5, (1, 1)),
+        ((0.5, 0.5), None, (1, 0)),
+        ((None, 0.5), 0.5, (1, 1)),
+        ((None, 0.5), None, (0, 1)),
+    ],
+)
+def test_the_winner_is_the_last_soup_taken(
+    alone: tuple[float | None, float],
+    together: float | None,
+    winner: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    """Where the mean is no worse; not of models alone that are equal, and not what failed."""
+    scores = {"10": alone[0], "01": alone[1], "11": together}
+
+    def fitness(genome: Genome, hopeless: Hopeless | None) -> Evaluation:
+        found = scores["".join(f"{value:g}" for value in genome.values())]
+        if found is None:
+            raise CandidateError("no memory")
+        return Evaluation(found)
+
+    path = tmp_path / "s.jsonl"
+    result = toy_search(path, space=PAIR, fitness=fitness, settings=GREEDY)
+    assert tuple(result.winner.genome.values()) == winner
+    assert result.winner.holdout == toy_holdout(result.winner.genome)
+    assert toy_search(path, space=PAIR, fitness=fitness, settings=GREEDY) == result
+
+
+def test_a_tied_soup_is_taken_and_the_next_is_tried_with_it(tmp_path: Path) -> None:
+    """Killed after every evaluation, too."""
+    flat = lambda genome, hopeless: Evaluation(0.5)  # noqa: E731
+    path = tmp_path / "s.jsonl"
+    for most in range(1, 9):
+        some = replace(GREEDY, num_evaluations=most)
+        result = toy_search(path, space=SOUP, fitness=flat, settings=some)
+    assert [sum(r.genome.values()) for r in result.records] == [1, 1, 1, 1, 2, 3, 4]
+    assert (result.winner.number, result.ended) == (7, "exhausted")
+    whole = toy_search(tmp_path / "w.jsonl", space=SOUP, fitness=flat, settings=GREEDY)
+    assert history(result.records) == history(whole.records)
+    assert [r.number for r in whole.records if r.holdout] == [1, 5, 6, 7]
+
+
+def test_a_soup_that_may_tie_is_not_given_up(tmp_path: Path) -> None:
+    def fitness(genome: Genome, hopeless: Hopeless | None) -> Evaluation:
+        items = {"set": (True, False)}
+        if hopeless is not None and hopeless([1], [1], [2]):
+            return Evaluation(1.0, stopped=True)
+        if hopeless is not None and hopeless([0], [1], [2]):
+            return Evaluation(0.0, stopped=True)
+        return Evaluation(0.5, items=items)
+
+    settings = replace(GREEDY, risk=0.0)
+    result = toy_search(tmp_path / "s.jsonl", space=PAIR, fitness=fitness, settings=settings)
+    assert [r.status for r in result.records] == ["ok", "stopped", "ok"]
+    assert tuple(result.winner.genome.values()) == (1, 1)
+    assert result.corrected is None
 
 
 def test_the_greedy_soup_needs_one_weight_of_every_model(tmp_path: Path) -> None:

@@ -49,28 +49,30 @@ def accuracy(items: Items) -> float:
     return fmean(fmean(of_set) for of_set in items.values())
 
 
-def make_hopeless(best: float, *, number: int, risk: float) -> Hopeless:
+def make_hopeless(best: float, *, risk: float, ties_win: bool = False) -> Hopeless:
     """A test whether a candidate can still beat `best`, the highest fitness so far.
 
     It gives up when an upper bound of the candidate's final fitness, the mean over sets of their
-    accuracy, is not above `best`. Two bounds, the lower counts:
+    accuracy, is not above `best`, or below it where ties win. Two bounds, the lower counts:
 
     - all items left are answered right. It is certain.
     - with `risk` above 0: the mean so far plus sqrt(ln(1 / d) / 2 * sum_s (1 - (n_s - 1) / N_s) /
       (S^2 n_s)), n_s of N_s items done in each of S sets: Hoeffding's inequality (Hoeffding 1963,
       theorem 2) with Serfling's factor for drawing without replacement (Serfling 1974, corollary
-      1.1). d = risk * 36 / (pi^4 * number^2 * look^2), so that the union bound over all looks at
-      all candidates holds, however many there will be: with probability 1 - `risk` no candidate
-      that is better than the best before it is given up, and so not the search's winner.
+      1.1). d = risk * 6 / (pi^2 * look^2), so that the union bound over all looks holds, however
+      many there will be: who would become the best is given up with probability `risk` at most.
+      That is so for each candidate; of several such in one search each runs its own risk.
 
-    The second needs the items in an order drawn at random and independent of earlier evaluations.
-    A candidate given up is told to the strategy with its estimate: the order of candidates behind
-    the best may differ from that of their full scores.
+    The second needs, at every look, a number of items done in each set that does not depend on the
+    order of the items, and that order drawn at random for each candidate anew: one order for all
+    would be known, by what was given up, to a strategy that proposes the next.
+    A candidate given up is told to the strategy with its estimate, which is never above `best`:
+    the order of candidates behind the best may differ from that of their full scores.
 
     Args:
         best: highest fitness of an earlier candidate with all items.
-        number: of this evaluation in the search, from 1.
-        risk: chance, over the whole search, of giving up a candidate that would have won.
+        risk: chance that a candidate that would become the best is given up.
+        ties_win: whether one as good as `best` becomes the best.
     """
     looks = 0
 
@@ -80,10 +82,10 @@ def make_hopeless(best: float, *, number: int, risk: float) -> Hopeless:
         right, seen, size = (np.asarray(x, np.float64) for x in (correct, done, total))
         bound = fmean(((right + size - seen) / size).tolist())  # to the bit what `accuracy` gives
         if risk > 0 and (seen > 0).all():
-            chance = risk * 36 / (math.pi**4 * number**2 * looks**2)
+            chance = risk * 6 / (math.pi**2 * looks**2)
             spread = np.sum((1 - (seen - 1) / size) / seen) / len(size) ** 2
             mean = float(np.mean(right / seen))
             bound = min(bound, mean + math.sqrt(-math.log(chance) / 2 * float(spread)))
-        return bound <= best
+        return bound < best or (bound == best and not ties_win)
 
     return hopeless

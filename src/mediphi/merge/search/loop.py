@@ -62,8 +62,8 @@ def search(
     budget = Budget(settings.num_evaluations, settings.minutes)
     identity = {**space.description(), **settings.description()}
     with Ledger(ledger_path, identity) as ledger, make_progress(budget) as progress:
-        run = _Search(space, fitness, holdout, settings, ledger)
-        ended = run.go(strategy, budget, _Watch(progress, on_evaluation, on_known))
+        run = _Search(strategy, space, fitness, holdout, settings=settings, ledger=ledger)
+        ended = run.go(budget, _Watch(progress, on_evaluation, on_known))
         return run.result(ended)
 
 
@@ -80,12 +80,15 @@ class _Search:
 
     def __init__(
         self,
+        strategy: Strategy,
         space: Space,
         fitness: Fitness,
         holdout: Holdout | None,
+        *,
         settings: SearchSettings,
         ledger: Ledger,
     ) -> None:
+        self._strategy = strategy
         self._space, self._fitness, self._holdout = space, fitness, holdout
         self._settings, self._ledger = settings, ledger
         self._tried: dict[tuple[float, ...], Record] = {}
@@ -93,11 +96,11 @@ class _Search:
         self._num_repeated = self._num_failed = 0
         self._seconds = 0.0
 
-    def go(self, strategy: Strategy, budget: Budget, watch: _Watch) -> Ended:
+    def go(self, budget: Budget, watch: _Watch) -> Ended:
         """Generation after generation, until the budget is spent or nothing is new."""
         generation = idle = 0
         while idle < IDLE_GENERATIONS:
-            points = strategy.ask()
+            points = self._strategy.ask()
             genomes = [self._space.decode(point) for point in points]
             before = len(self._tried)
             for genome in genomes:
@@ -106,7 +109,7 @@ class _Search:
             if not points:
                 break
             self._refuse_all_failed()
-            strategy.tell(points, self._told(genomes))
+            self._strategy.tell(points, self._told(genomes), best=self._place_of_best(genomes))
             idle = idle + 1 if len(self._tried) == before else 0
             generation += 1
         if len(self._tried) < len(self._ledger.records):
@@ -120,7 +123,9 @@ class _Search:
             raise UserError(self._nothing_found())
         whole = [r.evaluation for r in self._tried.values() if r.status == "ok" and r.evaluation]
         corrected = holdout = None
-        if all(own.items for own in whole):
+        if not any(r.status == "stopped" for r in self._tried.values()) and all(
+            own.items for own in whole
+        ):
             corrected = corrected_score([own.items for own in whole], seed=seed)
         if winner.holdout is not None:
             score = winner.holdout.fitness
@@ -161,14 +166,22 @@ class _Search:
 
     def _is_best(self, evaluation: Evaluation) -> bool:
         best = -math.inf if self._winner is None else self._winner.fitness
-        return not evaluation.stopped and best is not None and evaluation.fitness > best
+        assert best is not None
+        return not evaluation.stopped and (
+            evaluation.fitness > best or (self._strategy.ties_win and evaluation.fitness == best)
+        )
+
+    def _place_of_best(self, genomes: Sequence[dict[str, float]]) -> int | None:
+        """Of the winner in a generation; None: it is of an earlier one."""
+        found = self._winner and self._winner.genome
+        return next((n for n, genome in enumerate(genomes) if genome == found), None)
 
     def _evaluate(self, genome: dict[str, float], generation: int) -> Record:
         number, begun = len(self._tried) + 1, time.monotonic()
         evaluation = holdout = None
         reason = ""
         try:
-            evaluation = _checked(self._fitness(genome, self._hopeless(number)))
+            evaluation = _checked(self._fitness(genome, self._hopeless()))
             if self._holdout is not None and self._is_best(evaluation):
                 holdout = _checked(self._holdout(genome))
         except CandidateError as error:
@@ -177,10 +190,11 @@ class _Search:
         seconds = round(time.monotonic() - begun, 6)
         return Record(number, generation, genome, status, evaluation, holdout, seconds, reason)
 
-    def _hopeless(self, number: int) -> Hopeless | None:
-        if self._settings.risk is None or self._winner is None or self._winner.fitness is None:
+    def _hopeless(self) -> Hopeless | None:
+        risk, best = self._settings.risk, self._winner and self._winner.fitness
+        if risk is None or best is None:
             return None
-        return make_hopeless(self._winner.fitness, number=number, risk=self._settings.risk)
+        return make_hopeless(best, risk=risk, ties_win=self._strategy.ties_win)
 
     def _told(self, genomes: Sequence[dict[str, float]]) -> list[float]:
         """Fitness of a generation; failed ones get the lowest that any candidate had so far."""

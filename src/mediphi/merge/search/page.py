@@ -29,10 +29,15 @@ NUM_TOP = 10
 PANELS_A_ROW = 3
 MUTED, GRID = "#8b979e", "#dde3e6"
 EXPLANATION = (
-    "The search split chooses the winner, so the winner's score on it is too high. The corrected "
-    "score is what a winner chosen so can expect on new items: candidates are chosen on items "
-    "drawn with replacement and scored on those not drawn (Tsamardinos et al. 2018). The hold-out "
+    "The search split chooses the winner, so the winner's score on it is too high. {} The hold-out "
     "split chose nothing; its score needs no correction. Intervals are bootstrap intervals of 95 %."
+)
+CORRECTED = (
+    "The corrected score is what a winner chosen so can expect on new items: candidates are chosen "
+    "on items drawn with replacement and scored on those not drawn (Tsamardinos et al. 2018)."
+)
+NOT_CORRECTED = (
+    "There is no corrected score: it needs all answers of every candidate, and some were given up."
 )
 
 
@@ -66,7 +71,10 @@ def write_search_page(
         ),
     ]
     tables = [_scores(result), _sets(result.winner), _top(space, result)]
-    parts = [facts_html({**(facts or {}), **_facts(space, result)}), f"<p>{EXPLANATION}</p>"]
+    parts = [
+        facts_html({**(facts or {}), **_facts(space, result)}),
+        f"<p>{_explanation(result)}</p>",
+    ]
     parts += [table_html(tables[0]), *charts]
     parts += [table_html(table) for table in tables[1:] if table.rows]
     return write_page(folder / SEARCH_PAGE, title=title, parts=parts)
@@ -88,7 +96,7 @@ def draw_evaluations(figure: Figure, records: Sequence[Record]) -> None:
     axes.step(
         steps, [*values, values[-1]], where="post", color=COLOURS[0], lw=2, label="best so far"
     )
-    held = [record for record in best if record.holdout is not None]
+    held = [record for record in records if record.holdout is not None]
     if held:
         scores = [record.holdout.fitness for record in held if record.holdout is not None]
         _dots(axes, held, scores, "D", COLOURS[1], "hold-out of the best")
@@ -227,6 +235,10 @@ def _facts(space: Space, result: SearchResult) -> dict[str, object]:
         "Minutes of evaluation": f"{result.seconds / 60:.1f}",
         "Ended": "budget spent" if result.ended == "budget" else "nothing new to try",
     }
+
+
+def _explanation(result: SearchResult) -> str:
+    return EXPLANATION.format(NOT_CORRECTED if result.count("stopped") else CORRECTED)
 
 
 def _scores(result: SearchResult) -> Table:

@@ -12,12 +12,14 @@ class SearchResult(NamedTuple):
     """What a search found.
 
     Attributes:
-        winner: the highest fitness on the search split; of equal ones the first.
+        winner: the highest fitness on the search split; of equal ones the first, but of a greedy
+            soup's the last that was taken.
         records: all evaluations, in order.
         num_repeated: candidates asked for again and told from the ledger.
         ended: budget: it is spent; exhausted: there was nothing new to try.
         corrected: score on new items to expect of a winner chosen so, from the search split alone;
-            None without items. See `corrected_score`.
+            None without items, and where candidates were given up, as it needs every item of each.
+            See `corrected_score`.
         holdout: the winner's score on the hold-out split, which chose nothing; None without one.
     """
 

@@ -23,7 +23,8 @@ class SearchSettings:
             evaluations that ended, resumed runs included.
         grid: values to combine, see `Grid`.
         risk: None: every candidate is scored to the end. 0: those that cannot win any more are
-            given up. Above: also those that will not win, but for this chance; see `make_hopeless`.
+            given up. Above: also those that will not win, with this chance for each that would to
+            be among them; see `make_hopeless`.
         identity: what the fitness is made of, such as a hash over models and validation sets.
     """
 

@@ -29,8 +29,17 @@ class Strategy(Protocol):
         """The next generation; []: there is nothing more to try."""
         ...
 
-    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
-        """The fitness of the generation last asked for, all finite; more is better."""
+    @property
+    def ties_win(self) -> bool:
+        """Whether a candidate of this generation that is as good as the best becomes the best."""
+        ...
+
+    def tell(self, points: Sequence[Point], fitness: Sequence[float], *, best: int | None) -> None:
+        """The fitness of the generation last asked for, all finite; more is better.
+
+        Args:
+            best: place of the candidate that is now the best of the search; None: an earlier one.
+        """
         ...
 
 
@@ -46,6 +55,8 @@ class Cmaes:
         sigma: first standard deviation, as a share of every coordinate's bounds.
         population: candidates in a generation; None: 4 + 3 ln(coordinates), the library's default.
     """
+
+    ties_win = False
 
     def __init__(self, space: Space, *, seed: int, sigma: float, population: int | None) -> None:
         self._num, self._sigma, self._population = len(space.coordinates), sigma, population
@@ -76,12 +87,14 @@ class Cmaes:
         self._asked = self._es.ask()
         return [point[: self._num] for point in self._asked]
 
-    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+    def tell(self, points: Sequence[Point], fitness: Sequence[float], *, best: int | None) -> None:
         self._es.tell(self._asked, [-value for value in fitness])  # the library minimises
 
 
 class Random:
     """Points drawn uniformly: what a search must beat."""
+
+    ties_win = False
 
     def __init__(self, space: Space, *, seed: int, population: int) -> None:
         self._random = np.random.default_rng(seed)
@@ -90,7 +103,7 @@ class Random:
     def ask(self) -> list[Point]:
         return list(self._random.uniform(size=self._shape))
 
-    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+    def tell(self, points: Sequence[Point], fitness: Sequence[float], *, best: int | None) -> None:
         """Nothing is learned."""
 
 
@@ -104,6 +117,8 @@ class Grid:
     Raises:
         UserError: a coordinate has no values, or one lies outside its bounds.
     """
+
+    ties_win = False
 
     def __init__(self, space: Space, values: Mapping[str, Sequence[float]]) -> None:
         axes = [_axis(own.name, own.parameter, values) for own in space.coordinates]
@@ -129,7 +144,7 @@ class Grid:
         points, self._points = self._points, []
         return points
 
-    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+    def tell(self, points: Sequence[Point], fitness: Sequence[float], *, best: int | None) -> None:
         """Nothing is learned."""
 
 
@@ -137,7 +152,8 @@ class GreedySoup:
     """Wortsman et al. 2022 (arXiv 2203.05482), recipe 1: which models a plain mean is made of.
 
     Every model alone first; then, from the best on, each is taken where the mean with it is no
-    worse than without. A weight is 1 or 0, and the merge divides by their sum.
+    worse than without: it becomes the best of the search then, so that the winner is the last soup
+    that was taken. A weight is 1 or 0, and the merge divides by their sum.
 
     Raises:
         UserError: the search moves anything but one weight of every model.
@@ -152,23 +168,25 @@ class GreedySoup:
             )
         self._waiting: list[int] | None = None
         self._taken: list[int] = []
-        self._best = -math.inf
+
+    @property
+    def ties_win(self) -> bool:
+        return self._waiting is not None  # of models alone the first
 
     def ask(self) -> list[Point]:
         if self._waiting is None:
             return [self._point([place]) for place in range(len(self._space.models))]
         return [self._point([*self._taken, self._waiting[0]])] if self._waiting else []
 
-    def tell(self, points: Sequence[Point], fitness: Sequence[float]) -> None:
+    def tell(self, points: Sequence[Point], fitness: Sequence[float], *, best: int | None) -> None:
         if self._waiting is None:
+            assert best is not None  # a generation that failed whole ends the search
             order = sorted(range(len(fitness)), key=lambda place: -fitness[place])
-            self._taken, self._waiting = order[:1], order[1:]
-            self._best = fitness[order[0]]
+            self._taken, self._waiting = [best], [place for place in order if place != best]
             return
         place = self._waiting.pop(0)
-        if fitness[0] >= self._best:
+        if best is not None:
             self._taken.append(place)
-            self._best = fitness[0]
 
     def _point(self, places: Sequence[int]) -> Point:
         chosen = (float(place in places) for place in range(len(self._space.names)))
