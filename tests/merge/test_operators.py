@@ -144,6 +144,19 @@ def test_no_result_depends_on_the_pieces(length: int, method: str, kind: bool) -
     assert torch.equal(usual, other)
 
 
+@pytest.mark.parametrize("method", ["slerp", "multislerp", "karcher", "model_stock"])
+def test_no_sum_depends_on_the_pieces(method: str) -> None:
+    """Sums are of blocks, whether a piece holds one, several, or the last of them in part."""
+    operands = operands_of(method, [t.bfloat16() for t in tensors(4, 300_001)])
+    values, results = given_to(method, len(operands.models)), []
+    for length in (1, 3 * pieces.BLOCK, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "PIECE", length)
+            results.append(torch.empty(300_001))
+            merge_tensor(method, operands, values, out=results[-1])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("method", METHODS.keys())
 def test_no_result_depends_on_the_threads(method: str) -> None:
     operands = operands_of(method, [t.bfloat16() for t in tensors(4, 200_001)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mediphi.merge.storage import StoredTensor, bytes_of
 
-PIECE = 1 << 17
+PIECE = 1 << 18
 """Elements worked on at once. It steers speed alone: no result depends on it."""
 
 DEVICE_PIECE = 1 << 24

@@ -63,26 +63,33 @@ def gram(vectors: Vectors) -> Floats:
     pieces nor threads matter.
     """
     flat = vectors.flat
-    count = len(flat.models)
-    scratch = Scratch(count + 2, longest(flat.size, BLOCK), flat.device)
+    count, piece = len(flat.models), pieces.length_on(flat.device)
+    scratch = Scratch(count + 2, longest(flat.size, piece, BLOCK), flat.device)
     pairs = [(i, j) for i in range(count) for j in range(i + 1)]
-    sums: list[Tensor] = []
-    for span in spans(flat.size, BLOCK):
+    sums: list[list[Tensor]] = [[] for _ in pairs]
+    for span in spans(flat.size, piece, BLOCK):
         first, product, *buffers = scratch.take(span)
         base = vectors.origin(span, first)
         read = [vectors.read(i, span, base, buffers[i]) for i in range(count)]
-        sums += [torch.mul(read[i], read[j], out=product).sum() for i, j in pairs]
-    table = (
-        torch.stack(sums).view(-1, len(pairs)).double().cpu().numpy()
-        if sums
-        else np.zeros((0, len(pairs)))
-    )
+        for (i, j), own in zip(pairs, sums, strict=True):
+            own += _sums_of_blocks(torch.mul(read[i], read[j], out=product))
+    if flat.size == 0:
+        return np.zeros((count, count))
+    table = torch.stack([torch.cat(own) for own in sums]).double().cpu().numpy()
     if not np.isfinite(table).all():
         raise MergeError("the dot products overflow float32; look for huge or infinite values")
     result = np.zeros((count, count))
-    for (i, j), column in zip(pairs, table.T, strict=True):
-        result[i, j] = result[j, i] = math.fsum(column)
+    for (i, j), row in zip(pairs, table, strict=True):
+        result[i, j] = result[j, i] = math.fsum(row)
     return result
+
+
+def _sums_of_blocks(values: Tensor) -> list[Tensor]:
+    """Of BLOCK elements each, the last one perhaps of fewer; [blocks] in one or two pieces."""
+    whole = len(values) // BLOCK * BLOCK
+    rest = values[whole:]
+    sums = [values[:whole].view(-1, BLOCK).sum(dim=1)] if whole else []
+    return [*sums, rest.sum().view(1)] if len(rest) else sums
 
 
 def combine(
