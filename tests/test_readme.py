@@ -154,9 +154,12 @@ def test_the_two_commands_stand_as_they_are_run_elsewhere() -> None:
     block = blocks(README.read_text(encoding="utf-8"), "bash")[0].splitlines()
     assert block == [
         "pip install -e . && python train.py stage=pit corpus=medcode",
-        "pip install -e '.[test]' && pytest",
+        "pip install -e '.[test]' && pytest -n 2 --dist loadfile",
     ]
-    assert "pip install -q -e '.[test]' && pytest" in (ROOT / ".ci/run").read_text()
+    assert (
+        "pip install -q -e '.[test]' && pytest -n 2 --dist loadfile"
+        in (ROOT / ".ci/run").read_text()
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
