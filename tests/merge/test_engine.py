@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,18 @@ def test_intra_op_threads_are_given_back(models: list[Path], tmp_path: Path) -> 
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_piece_out_of_order_is_not_written(tmp_path: Path) -> None:
+    layout = plan({"a": (torch.float32, (4,))}, max_shard_bytes=1000)
+    with closing(PartialShards(tmp_path / "scratch", layout, job_hash="h")) as shards:
+        place = shards.place("a")
+        place.write(slice(0, 2), torch.ones(2))
+        with pytest.raises(ValueError, match="the piece at 3 does not follow 2 elements"):
+            place.write(slice(3, 4), torch.ones(1))
+        place.write(slice(2, 4), torch.ones(2))
+        shards.seal("a", place.checksum)
+    assert shards.paths[0].read_bytes()[-16:] == torch.ones(4).numpy().tobytes()
 
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])

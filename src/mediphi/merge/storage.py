@@ -97,10 +97,13 @@ class InFile(Target):
     ) -> None:
         self.dtype, self.shape = dtype, torch.Size(shape)
         self.checksum, self.is_finite = 0, True
-        self._handle, self._position = handle, start
+        self._handle, self._position, self._written = handle, start, 0
         self._room = torch.empty(0, dtype=dtype)
 
     def write(self, span: slice, piece: Tensor) -> None:
+        if span.start != self._written:  # the checksum is of bytes in their order
+            raise ValueError(f"the piece at {span.start} does not follow {self._written} elements")
+        self._written += len(piece)
         if len(piece) != len(self._room):
             self._room = torch.empty(len(piece), dtype=self.dtype)
         room = self._room.copy_(piece)
