@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from small_models import write_small_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mediphi.merge.engine import Job, merge
+from mediphi.merge.operators import Values
+
 Tensors = dict[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
 
@@ -23,6 +26,18 @@ def write_model(folder: Path, *, seed: int = 0, dtype: Any = torch.float32, **ch
     tensors = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def merged_to(job: Job, values: Callable[[str], Values], place: Path) -> Path:
+    """The merge of a job, as a folder."""
+    merge(
+        job,
+        values=values,
+        scratch=place / "scratch",
+        target=place / "model",
+        progress=lambda done, total: None,
+    )
+    return place / "model"
 
 
 def copied(folder: Path, target: Path) -> Path:

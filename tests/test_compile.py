@@ -135,8 +135,11 @@ def test_rows_of_their_own_length_would_compile_anew(folder: Path, backend: str)
     """The control."""
     _, compiled = both(folder)
     step(compiled, [9, 30, 12])
+    before = counters["stats"]["unique_graphs"]
     with recompiling_is_refused():
         step(compiled, [40], compiled_tokens=None)
+    step(compiled, [40], compiled_tokens=None)
+    assert counters["stats"]["unique_graphs"] > before > 0
 
 
 def test_a_longer_row_goes_through_uncompiled(folder: Path, backend: str):
@@ -173,7 +176,9 @@ def test_validation_before_and_in_training_compiles_once(folder: Path, backend: 
             hidden_states(compiled, batch, "sdpa", compiled_tokens=TOKENS)
 
     look(ROWS[0])
+    for_validation = counters["stats"]["unique_graphs"]
     step(compiled, ROWS[0])
+    assert counters["stats"]["unique_graphs"] > for_validation > 0  # a form for each
     with nothing_compiles():
         for lengths in (ROWS[1], [TOKENS]):
             look(lengths)
@@ -331,8 +336,11 @@ def test_boundaries_that_a_layer_looks_into_would_compile_anew(
     monkeypatch.setattr(attention, "boundaries", open_boundaries)
     compiled = taken_for(both(folder)[1], kernel)
     step(compiled, [9, 30, 12], kernel=kernel)
+    before = counters["stats"]["unique_graphs"]
     with recompiling_is_refused():
         step(compiled, [40], kernel=kernel)
+    step(compiled, [40], kernel=kernel)
+    assert counters["stats"]["unique_graphs"] > before > 0
 
 
 # --- batches of a plan

@@ -40,6 +40,9 @@ def test_what_is_not_read_does_not_count(tmp_path: Path) -> None:
     for name in ("latest.jsonl", "test_what_it_is.txt", "train.jsonl"):
         (tmp_path / name).touch()
     refuse_test_files(asking(tmp_path))  # nor does the source that no set asks about
+    (tmp_path / "test_what_it_is.txt").rename(tmp_path / "test_what_it_is.jsonl")
+    with pytest.raises(DataError):
+        refuse_test_files(asking(tmp_path))
 
 
 @pytest.mark.parametrize(("splits", "refused"), [(["test"], True), (["train", "test"], False)])

@@ -184,7 +184,8 @@ def test_compiled_layers_give_the_losses_of_plain_ones(data: PackedDataModule, f
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("data", LAYOUTS, indirect=True)
 def test_compiled_layers_make_the_host_wait_no_more(data: PackedDataModule, folder: Path):
-    fit(data, folder, callbacks=(NoWaiting(first=1),), compiled_tokens=data.max_tokens)
+    losses = fit(data, folder, callbacks=(NoWaiting(first=1),), compiled_tokens=data.max_tokens)
+    assert len(losses) == 3 * data.train_plan.accumulate
 
 
 def test_reads_and_copies_of_ordinary_memory_are_seen():

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import change_tensors, copied, tensors_of, write_model
+from small_checkpoints import change_tensors, copied, merged_to, tensors_of, write_model
 
 from mediphi.config.merging import Merge
 from mediphi.errors import ArtifactError, MergeError
 from mediphi.merge import candidates
 from mediphi.merge.candidates import Candidates
-from mediphi.merge.engine import Job, merge, open_parents
+from mediphi.merge.engine import Job, open_parents
 from mediphi.merge.operators import Values
 from mediphi.merge.search import Space, SpaceOptions
 from mediphi.merge.search.genomes import merge_of
@@ -93,14 +93,7 @@ def targets_for(job: Job) -> dict[str, torch.Tensor]:
 
 def written(job: Job, values: Callable[[str], Values], place: Path) -> dict[str, torch.Tensor]:
     shutil.rmtree(place, ignore_errors=True)
-    merge(
-        job,
-        values=values,
-        scratch=place / "scratch",
-        target=place / "model",
-        progress=lambda done, total: None,
-    )
-    return tensors_of(place / "model")
+    return tensors_of(merged_to(job, values, place))
 
 
 def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:

@@ -1,12 +1,19 @@
 """A head that config.json ties to the embedding is that embedding, also merged and searched."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import Tensors, change_json, change_tensors, copied, tensors_of, write_model
+from small_checkpoints import (
+    Tensors,
+    change_json,
+    change_tensors,
+    copied,
+    merged_to,
+    tensors_of,
+    write_model,
+)
 from transformers import AutoModelForCausalLM
 
 from mediphi.backbone import BackboneSpec, build_model
@@ -14,7 +21,7 @@ from mediphi.candidate_bench import targets_of
 from mediphi.errors import ArtifactError
 from mediphi.merge.candidates import Candidates
 from mediphi.merge.checkpoints import open_checkpoint
-from mediphi.merge.engine import Job, Parents, merge, open_parents
+from mediphi.merge.engine import Job, Parents, open_parents
 from mediphi.merge.operators import Values
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -46,17 +53,6 @@ def job_of(models: list[Path]) -> Job:
 def by_name(name: str) -> Values:
     """A filter that has the head in view."""
     return {"weight": (0.9 if name == HEAD else 0.3,)}
-
-
-def merged(job: Job, values: Callable[[str], Values], place: Path) -> Path:
-    merge(
-        job,
-        values=values,
-        scratch=place / "scratch",
-        target=place / "model",
-        progress=lambda done, total: None,
-    )
-    return place / "model"
 
 
 def bench_of(job: Job) -> tuple[Any, Candidates]:
@@ -111,7 +107,7 @@ def test_a_config_that_does_not_tell_has_the_architectures_default(
 def test_a_merge_reloads_as_one_tied_model_whatever_names_the_head(
     models: list[Path], tmp_path: Path
 ) -> None:
-    folder = merged(job_of(models), by_name, tmp_path / "merged")
+    folder = merged_to(job_of(models), by_name, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     start, end = (tensors_of(one)[EMBEDDING] for one in models)
@@ -121,16 +117,16 @@ def test_a_merge_reloads_as_one_tied_model_whatever_names_the_head(
 def test_one_that_stores_both_is_merged_with_one_that_does_not(
     models: list[Path], tmp_path: Path
 ) -> None:
-    both = tensors_of(merged(job_of(models), by_name, tmp_path / "both"))
+    both = tensors_of(merged_to(job_of(models), by_name, tmp_path / "both"))
     change_tensors(models[1], lambda tensors: tensors.pop(HEAD))
-    one = tensors_of(merged(job_of(models), by_name, tmp_path / "one"))
+    one = tensors_of(merged_to(job_of(models), by_name, tmp_path / "one"))
     assert both.keys() == one.keys() and all(torch.equal(both[n], one[n]) for n in one)
 
 
 def test_every_build_of_a_candidate_is_the_merge(models: list[Path], tmp_path: Path) -> None:
     """Two threads wrote head and embedding, one memory, with other values each."""
     job = job_of(models)
-    folder = merged(job, by_name, tmp_path / "merged")
+    folder = merged_to(job, by_name, tmp_path / "merged")
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     model, candidates = bench_of(job)
     for _ in range(10):
