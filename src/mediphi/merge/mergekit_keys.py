@@ -55,10 +55,10 @@ def _unknown(raw: Any, read: Any, place: str, spec: Any) -> Iterator[str]:
 
 def _unknown_parameters(settings: Any, place: str, spec: Any, *, of_model: bool) -> Iterator[str]:
     """mergekit reads those of all models nowhere but in the wider scopes."""
-    everywhere = {own.name for own in spec.parameters}
-    known = {own.name for own in spec.input_parameters} if of_model else everywhere
+    everywhere = [own.name for own in spec.parameters]
+    known = [own.name for own in spec.input_parameters] if of_model else everywhere
     for name in settings or ():
-        if name in everywhere - known - {*UNUSED}:
+        if name in everywhere and name not in (*known, *UNUSED):
             yield f"merge.backend=mergekit: {place}.{name}: one for all models, not for one"
         elif name not in known and name not in UNUSED:
             yield _line(place, name, f"parameter of {spec.name}", known)
