@@ -34,7 +34,6 @@ class Magnitudes:
         self.size = flat.size
         self.device = flat.device
         self._scratch = Scratch(2, longest(self.size, pieces.PIECE), self.device)
-        self._places: Tensor | None = None
         self._sampled_base: Tensor | None = None
 
     def piece(self, model: int, span: slice, base: Tensor | None) -> Floats:
@@ -59,18 +58,21 @@ class Magnitudes:
         return torch.abs(self._flat.read_delta(model, span, base, out), out=out)
 
     def sample(self, model: int) -> Floats:
-        """Sorted magnitudes at random places, the same for every model."""
-        if self._places is None:
-            count = max(1024, round(self.size ** (2 / 3)))
-            jitter = np.random.Generator(np.random.SFC64(0)).random(count)
-            steps = (np.arange(count) + jitter) * (self.size / count)
-            self._places = torch.from_numpy(np.minimum(steps.astype(np.int64), self.size - 1))
-            if self._flat.base is not None and not self._flat.deltas:
-                self._sampled_base = self._flat.base.at(self._places)
-        values = self._flat.models[model].at(self._places)
-        if self._sampled_base is not None:
+        """Sorted magnitudes at evenly spaced places, the same for every model."""
+        step = _prime_from(round(self.size ** (1 / 3)))
+        values = self._flat.models[model].every(step)
+        if not self._flat.deltas and self._flat.base is not None:
+            if self._sampled_base is None:
+                self._sampled_base = self._flat.base.every(step)
             values -= self._sampled_base
         return np.sort(values.abs_().numpy())
+
+
+def _prime_from(number: int) -> int:
+    """The first prime from a number on: evenly spaced, it falls into every row and column alike."""
+    while number > 2 and any(number % other == 0 for other in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return max(2, number)
 
 
 def by_brackets(
@@ -97,21 +99,23 @@ class _Gathered(NamedTuple):
 
 def _gather(magnitudes: Magnitudes, searches: "list[_Search]") -> dict[int, _Gathered]:
     """One pass: every search counts; what lies within a model's brackets is gathered at once."""
-    masks = np.empty((4, pieces.PIECE), dtype=bool)
+    masks = np.empty((4, longest(magnitudes.size, pieces.PIECE)), dtype=bool)
     models = {search.model: [s for s in searches if s.model == search.model] for search in searches}
     values: dict[int, list[Floats]] = {model: [] for model in models}
     places: dict[int, list[NDArray[np.int64]]] = {model: [] for model in models}
     for span in spans(magnitudes.size, pieces.PIECE):
         base = magnitudes.base(span)
-        within, *room = masks[:, : span.stop - span.start]
-        for model, own in models.items():
+        within, other, *room = masks[:, : span.stop - span.start]
+        for model, (first, *others) in models.items():
             piece = magnitudes.piece(model, span, base)
-            within[:] = False
-            for search in own:
-                search.count(piece, within, room)
+            first.count(piece, within, room)
+            for search in others:
+                search.count(piece, other, room)
+                np.logical_or(within, other, out=within)
             found = np.flatnonzero(within)
             values[model].append(piece[found])
-            places[model].append(found + span.start)
+            found += span.start
+            places[model].append(found)
     return {
         model: _Gathered(np.concatenate(values[model]), np.concatenate(places[model]))
         for model in models
@@ -161,12 +165,12 @@ class _Search:
         overlap = min(last, self._centre + self._reach) - max(first, self._centre - self._reach)
         return bool(overlap > self._reach * WORTH_COUNTING)
 
-    def count(self, piece: Floats, within: Mask, room: list[Mask]) -> None:
-        """Counts in a piece of magnitudes, and adds the elements of the bracket to `within`.
+    def count(self, piece: Floats, inside: Mask, room: list[Mask]) -> None:
+        """Counts in a piece of magnitudes, and marks the elements of the bracket `inside`.
 
         `room` holds masks [elements] to overwrite.
         """
-        below, to_low, inside = room
+        to_low, below = room
         np.less_equal(piece, self._low, out=to_low)
         count = up_to_low = int(np.count_nonzero(to_low))
         if self._ties[0]:
@@ -175,6 +179,10 @@ class _Search:
             self._at_low.append(up_to_low - count)
         self._below += count
         if self._low == self._high:
+            inside[:] = False
+            return
+        if self._high == np.inf:
+            np.logical_not(to_low, out=inside)
             return
         if self._ties[1]:
             np.less_equal(piece, self._high, out=below)
@@ -183,7 +191,6 @@ class _Search:
         if self._ties[1]:
             self._at_high.append(up_to_high - int(np.count_nonzero(below)))
         np.not_equal(below, to_low, out=inside)
-        np.logical_or(within, inside, out=within)
 
     def conclude(self, magnitudes: Magnitudes, gathered: _Gathered) -> None:
         """Takes the answer from what was counted, or chooses the next bracket."""

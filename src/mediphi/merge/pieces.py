@@ -4,12 +4,10 @@ A merge never holds a float32 copy of a whole tensor: it goes through it in piec
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from torch import Tensor
 
 from mediphi.merge.storage import StoredTensor, bytes_of
@@ -75,50 +73,59 @@ class Scratch:
         return tuple(buffer[:length] for buffer in self._buffers)
 
 
+class Room:
+    """Where pieces wait as they are stored. All vectors share one, which so stays in the cache."""
+
+    def __init__(self) -> None:
+        self._for: tuple[int, torch.dtype] | None = None
+        self._room: tuple[Tensor, memoryview]
+
+    def take(self, length: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """Elements, and the same as bytes; overwritten by the next piece."""
+        if self._for != (length, dtype):
+            self._for = length, dtype
+            elements = torch.empty(length, dtype=dtype)
+            self._room = elements, bytes_of(elements)
+        return self._room
+
+
 class Vector:
     """A tensor read piece by piece as float32 [elements]."""
 
-    def __init__(self, tensor: Tensor | StoredTensor) -> None:
+    def __init__(self, tensor: Tensor | StoredTensor, room: Room) -> None:
         stored = isinstance(tensor, StoredTensor)
         self.device = torch.device("cpu") if stored else tensor.device
         self._source = tensor if stored else tensor.reshape(-1)
-        self._room = torch.empty(0, dtype=tensor.dtype)
+        self._is_float32 = tensor.dtype is torch.float32
+        self._room = room
 
     def read(self, span: slice, buffer: Tensor) -> Tensor:
         """A piece: a read-only view, or written into the buffer."""
         source = self._source
-        if isinstance(source, StoredTensor):
-            if source.dtype is torch.float32:
-                return source.read_into(buffer, span.start)
-            return buffer.copy_(source.read_into(self._room_for(buffer), span.start))
-        if source.dtype is torch.float32:
-            return source[span]
+        if self._is_float32:
+            if not isinstance(source, StoredTensor):
+                return source[span]
+            source.read_into(bytes_of(buffer), span.start)
+            return buffer
         if self.device.type != "cpu":
             return buffer.copy_(source[span])
-        # Bytes are copied from memory at twice the speed at which torch converts from it.
-        room = self._room_for(buffer)
-        bytes_of(room)[:] = bytes_of(source[span])
+        room, in_bytes = self._room.take(span.stop - span.start, self._source.dtype)
+        if isinstance(source, StoredTensor):
+            source.read_into(in_bytes, span.start)
+        else:  # bytes are copied from memory at twice the speed at which torch converts from it
+            in_bytes[:] = bytes_of(source[span])
         return buffer.copy_(room)
 
-    def _room_for(self, buffer: Tensor) -> Tensor:
-        if len(buffer) != len(self._room):
-            self._room = torch.empty(len(buffer), dtype=self._source.dtype)
-        return self._room
-
-    def at(self, places: Int64[Tensor, " places"]) -> Float32[Tensor, " places"]:
-        """The elements at ascending places."""
+    def every(self, step: int) -> Float32[Tensor, " elements"]:
+        """A copy of the elements 0, step, 2 * step, ..."""
         source = self._source
         if not isinstance(source, StoredTensor):
-            return source[places].float()
-        size = source.numel()
-        room = torch.empty(longest(size, PIECE), dtype=source.dtype)
-        bounds = [0, *np.searchsorted(places.numpy(), [s.stop for s in spans(size, PIECE)])]
-        found = [
-            source.read_into(room[: span.stop - span.start], span.start)[own - span.start].float()
-            for span, own in zip(
-                spans(size, PIECE), (places[i:j] for i, j in pairwise(bounds)), strict=True
-            )
-        ]
+            return source[::step].to(torch.float32, copy=True)
+        found = []
+        for span in spans(source.numel(), PIECE):
+            room, in_bytes = self._room.take(span.stop - span.start, self._source.dtype)
+            source.read_into(in_bytes, span.start)
+            found.append(room[-span.start % step :: step].to(torch.float32, copy=True))
         return torch.cat(found)
 
 
@@ -126,8 +133,9 @@ class Flat:
     """Operands seen as vectors; what it returns is float32 and read-only."""
 
     def __init__(self, operands: Operands) -> None:
-        self.base = None if operands.base is None else Vector(operands.base)
-        self.models = [Vector(model) for model in operands.models]
+        room = Room()
+        self.base = None if operands.base is None else Vector(operands.base, room)
+        self.models = [Vector(model, room) for model in operands.models]
         self.deltas = operands.deltas
         self.size = operands.size
         self.device = self.models[0].device

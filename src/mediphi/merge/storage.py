@@ -44,22 +44,18 @@ class StoredTensor:
     def numel(self) -> int:
         return self.shape.numel()
 
-    def read_into(self, room: Tensor, first: int) -> Tensor:
-        """Fill `room` [elements], of the same dtype, with what begins at element `first`.
+    def read_into(self, room: memoryview, first: int) -> None:
+        """Fill `room`, bytes, with what begins at element `first`.
 
         Raises:
             ArtifactError: the file ends before, or cannot be read.
         """
-        wanted = bytes_of(room)
         try:
-            count = os.preadv(
-                self._file.handle, [wanted], self._start + first * self.dtype.itemsize
-            )
+            count = os.preadv(self._file.handle, [room], self._start + first * self.dtype.itemsize)
         except OSError as error:
             raise ArtifactError(f"{self._file.path}: not readable ({error.strerror})") from None
-        if count != len(wanted):
+        if count != len(room):
             raise ArtifactError(f"{self._file.path}: it has become shorter while it was read")
-        return room
 
 
 class Target(ABC):

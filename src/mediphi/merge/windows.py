@@ -5,6 +5,7 @@ the thousand, are cut at an exact count.
 """
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -48,14 +49,13 @@ class Window(NamedTuple):
             `out`.
         """
         stop = start + delta.numel()
-        inner = {cut.index for cut in self if start < cut.index < stop}
-        edges = sorted({start, stop, *inner})
-        for low, high in pairwise(edges):
+        inner = [cut.index for cut in self if start < cut.index < stop]
+        if not inner:
+            self._keep(delta, start, out, spare)
+            return out
+        for low, high in pairwise(sorted({start, stop, *inner})):
             part = slice(low - start, high - start)
-            if len(edges) == 2:
-                self._keep(delta, low, out, spare)
-            else:
-                self._keep(delta[part], low, out[part], spare[part])
+            self._keep(delta[part], low, out[part], spare[part])
         return out
 
     def _keep(self, delta: Tensor, start: int, out: Tensor, spare: Tensor) -> None:
@@ -78,6 +78,7 @@ class Ranks(Protocol):
         ...
 
 
+@lru_cache(maxsize=1024)  # asked for every piece
 def before(magnitude: float) -> float:
     """The float32 just below; 0 of 0: no delta of zero matters."""
     return float(np.nextafter(np.float32(magnitude), np.float32(0)))
