@@ -1,13 +1,23 @@
-"""A merge of models with half a billion parameters: `train.py stage=merge` against mergekit 0.1.5.
+"""Merging models with half a billion parameters: ours against mergekit 0.1.5.
 
-python benchmarks/merge.py [--methods breadcrumbs ties slerp linear] [--pairs 3] [--models 5]
+python benchmarks/merge.py [--figures merge candidate] [--methods breadcrumbs ties slerp linear]
+                           [--pairs 3] [--models 5] [--candidates 4]
 
 Both sides read the same random bfloat16 checkpoints (a Phi-3 of 0.54 B parameters; experts are the
-base plus noise), compute in float32 and write bfloat16, each in a process of its own, whole,
-interleaved (A-B-B-A). Told: CPU-seconds (user+sys), seconds, the highest anonymous memory of the
-process, the ratios mergekit / ours (median of paired ratios), the seconds that a plain read of all
-inputs and write of one output take (the floor), and whether both outputs are equal.
-One JSON line a method, printed and written to `results/merge.jsonl`, where others' lines stay.
+base plus noise), compute in float32 and write bfloat16.
+
+`merge`: `train.py stage=merge` against `mergekit-yaml`, each in a process of its own, whole,
+interleaved (A-B-B-A). Before each process its inputs are read twice and as much as its output is
+written and removed, so that neither side pays for memory that the machine has not touched for a
+while. Told: CPU-seconds (user+sys), seconds, the highest anonymous memory of the process (beside it
+that of a process that has imported torch, nothing else), the ratios mergekit / ours (median of
+paired ratios), the seconds that a plain read of all inputs and write of one output take (the
+floor), and whether both outputs are equal.
+
+`candidate`: what one more candidate of a search costs, see `merge_candidates.py`; of those methods
+among the chosen that sum deltas. It needs `pip install lm-eval==0.4.13`.
+
+One JSON line a figure and method, printed and written to `results/merge.jsonl`, where others stay.
 """
 
 import argparse
@@ -27,24 +37,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import merge_candidates
 import yaml
+from merge_checkpoints import LAYERS, PACKAGES, PARAMETERS, ROOT, write_checkpoints
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "merge.jsonl"
-TOKENIZER = ROOT / "assets" / "models" / "phi35_mini"
-PACKAGES = ("mediphi", "torch", "transformers", "mergekit", "safetensors")
-HIDDEN, FFN, VOCABULARY, LAYERS = 1024, 4096, 32064, 28
-PARAMETERS = {
-    "linear": {"weight": 0.2, "normalize": True},
-    "slerp": {"t": 0.25},
-    "task_arithmetic": {"weight": 0.2},
-    "ties": {"weight": 0.2, "density": 0.3},
-    "breadcrumbs": {"weight": 0.2, "density": 0.5, "gamma": 0.01},
-    "breadcrumbs_ties": {"weight": 0.2, "density": 0.5, "gamma": 0.01},
-}
 
 
 class Cost(NamedTuple):
@@ -57,20 +55,27 @@ class Cost(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    figures = ["merge", "candidate"]
+    parser.add_argument("--figures", nargs="+", choices=figures, default=figures)
     parser.add_argument("--methods", nargs="+", default=["breadcrumbs", "ties", "slerp", "linear"])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--models", type=int, default=5)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--folder", type=Path, help="keep the checkpoints there")
-    arguments = parser.parse_args()
+    merge_candidates.add_options(parser)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        names = ["base", *(f"expert{n}" for n in range(arguments.models))]
-        count = write_checkpoints(folder, names, layers=arguments.layers)
-        for method in arguments.methods:
-            used = names[:2] if method == "slerp" else names
-            line = compare(folder, used, method, pairs=arguments.pairs)
-            keep({"figure": "merge", "method": method, "parameters": count, **line})
+        folder = options.folder or Path(temporary)
+        names = ["base", *(f"expert{n}" for n in range(options.models))]
+        count = write_checkpoints(folder, names, layers=options.layers)
+        for figure in options.figures:
+            for method in options.methods:
+                told = {"figure": figure, "method": method, "parameters": count}
+                if figure == "merge":
+                    used = names[:2] if method == "slerp" else names
+                    keep({**told, **compare(folder, used, method, pairs=options.pairs)})
+                elif "density" in PARAMETERS[method]:
+                    keep({**told, **merge_candidates.compare(folder, names, method, options)})
 
 
 def compare(folder: Path, names: list[str], method: str, *, pairs: int) -> dict[str, Any]:
@@ -84,6 +89,8 @@ def compare(folder: Path, names: list[str], method: str, *, pairs: int) -> dict[
     for number in range(pairs):
         order = ("ours", "mergekit") if number % 2 == 0 else ("mergekit", "ours")
         for side in order:
+            for _ in range(2):
+                io_floor(folder, names)
             costs[side].append(sides[side]())
             print(method, side, costs[side][-1], file=sys.stderr, flush=True)
     floor = [io_floor(folder, names) for _ in range(2)][-1]
@@ -99,6 +106,7 @@ def compare(folder: Path, names: list[str], method: str, *, pairs: int) -> dict[
             f"{field}_ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
         }
     told["floor_wall"] = round(floor, 2)
+    told["anonymous_mib_torch"] = round(importing_torch(), 1)
     told["checkpoint_mib"] = round(weights(folder / names[0]).stat().st_size / 2**20)
     told["output"] = difference(weights(folder / "ours_model"), weights(folder / "mergekit_model"))
     told["environment"] = {
@@ -180,6 +188,14 @@ def anonymous_mib(pid: int) -> float:
         return 0.0
 
 
+def importing_torch() -> float:
+    """MiB of anonymous memory of a process that has imported torch."""
+    program = "import torch; print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    status = done.stdout.decode().split()
+    return int(status[status.index("RssAnon:") + 1]) / 1024
+
+
 def io_floor(folder: Path, names: list[str]) -> float:
     """Seconds to read every input once and to write one output, with nothing in between."""
     begun = time.perf_counter()
@@ -212,46 +228,6 @@ def difference(ours: Path, theirs: Path) -> dict[str, Any]:
             total += x.numel()
             largest = max(largest, float((x - y).abs().max()))
     return {"numbers": total, "differing": differing, "largest_difference": largest}
-
-
-def write_checkpoints(folder: Path, names: list[str], *, layers: int) -> int:
-    """Random checkpoints; returns the number of parameters of one."""
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    for layer in range(layers):
-        stem = f"model.layers.{layer}."
-        shapes |= {
-            f"{stem}self_attn.qkv_proj.weight": (3 * HIDDEN, HIDDEN),
-            f"{stem}self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{stem}mlp.gate_up_proj.weight": (2 * FFN, HIDDEN),
-            f"{stem}mlp.down_proj.weight": (HIDDEN, FFN),
-            f"{stem}input_layernorm.weight": (HIDDEN,),
-            f"{stem}post_attention_layernorm.weight": (HIDDEN,),
-        }
-    config = json.loads((TOKENIZER / "config.json").read_text())
-    config |= {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": 16, "num_key_value_heads": 16, "dtype": "bfloat16"}
-    config.pop("torch_dtype", None)
-    factors = HIDDEN // 16 // 2
-    for scaling in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
-        for key in ("short_factor", "long_factor"):
-            if key in scaling:
-                scaling[key] = scaling[key][:factors]
-    for number, name in enumerate(names):
-        target = folder / name
-        if (target / "model.safetensors").is_file():
-            continue
-        shutil.copytree(TOKENIZER, target, dirs_exist_ok=True)
-        (target / "config.json").write_text(json.dumps(config, indent=1))
-        drawn = torch.Generator().manual_seed(0)
-        noise = torch.Generator().manual_seed(number)
-        tensors = {}
-        for key, shape in shapes.items():
-            base = (torch.randn(shape, generator=drawn) * 0.02).bfloat16()
-            change = torch.randn(shape, generator=noise) * 1e-3 if number else 0.0
-            tensors[key] = (base.float() + change).bfloat16()
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
 def keep(line: dict[str, Any]) -> None:

@@ -50,8 +50,10 @@ COLUMNS = {
         "data side tokens_per_s mfu peak_gib wall_ratio wall_ratio_spread loss_off failure"
     ),
     "merge": (
-        "method models cpu_ratio cpu_ours cpu_mergekit wall_ratio wall_ours wall_mergekit "
-        "floor_wall anonymous_mib_ours anonymous_mib_mergekit checkpoint_mib"
+        "figure method models cpu_ratio cpu_ours cpu_mergekit wall_ratio wall_ours wall_mergekit "
+        "floor_wall anonymous_mib_ours anonymous_mib_mergekit anonymous_mib_torch checkpoint_mib "
+        "merge_cpu_ratio merge_cpu_ours merge_cpu_mergekit whole_cpu_ratio whole_cpu_ours "
+        "whole_cpu_mergekit score_cpu_ratio"
     ),
     "merged_experts": ("model abstracts notes answers guidance codes all difference_from_the_base"),
     "near_duplicates": (
@@ -76,8 +78,6 @@ COLUMNS = {
         "path strategy runs kills_of_rank_1 kills_of_rank_0 kills_with_half_written_files starts "
         "equal machine"
     ),
-    "search_candidate": "method merge_cpu_ratio merge_cpu_ours merge_cpu_mergekit whole_cpu_ratio "
-    "whole_cpu_ours whole_cpu_mergekit score_cpu_ratio",
     "startup": "figure cpu_seconds bare_hydra_cpu_seconds ratio ratio_range",
 }
 """What the README shows of a benchmark; everything stands in the file."""

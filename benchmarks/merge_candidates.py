@@ -1,17 +1,14 @@
 """What a candidate of a search costs: built in memory and scored, against mergekit's way.
 
-python benchmarks/search_candidate.py [--methods breadcrumbs ties] [--models 5] [--candidates 4]
+A part of `merge.py`, which starts this file once for each side.
 
-Ours: `merge.candidates.Candidates` over checkpoints of half a billion parameters (with `--device
-cuda` on a GPU, which has not been measured); what all candidates share is made once (told apart),
-then a new density, gamma and weight for every candidate, written over the model in memory, which
-answers questions of the default validation sets. mergekit 0.1.5, as its evolutionary search does
-without vLLM: merge to disk, load the folder by transformers, score by lm-evaluation-harness
-(`pip install lm-eval==0.4.13`). Each side in a process of its own, imports not counted. Both score
-the same tokens of the same questions with weights in bfloat16. Ratios mergekit / ours of
-CPU-seconds (user+sys) and seconds, of the merge alone (here build, there merge, write and load) and
-of all. Checkpoints as in `merge.py`. One JSON line a method, printed and written to
-`results/search_candidate.jsonl`, where others' lines stay.
+Ours: `merge.candidates.Candidates` (with `--device cuda` on a GPU, which has not been measured);
+what all candidates share is made once (told apart), then a new density, gamma and weight for every
+candidate, written over the model in memory, which answers questions of the default validation sets.
+mergekit 0.1.5, as its evolutionary search does without vLLM: merge to disk, load the folder by
+transformers, score by lm-evaluation-harness. Imports are not counted. Both score the same tokens of
+the same questions with weights in bfloat16. Ratios mergekit / ours of CPU-seconds (user+sys) and
+seconds, of the merge alone (here build, there merge, write and load) and of all.
 """
 
 import argparse
@@ -23,51 +20,51 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import merge as checkpoints
+from merge_checkpoints import PACKAGES, PARAMETERS
 
-RESULTS = checkpoints.ROOT / "benchmarks" / "results" / "search_candidate.jsonl"
 PARTS = ("merge", "score", "whole")
 DENSITIES = (0.5, 0.35, 0.8, 0.2, 0.65, 0.95)
+SIDES = ("ours", "mergekit")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=["breadcrumbs", "ties"])
-    parser.add_argument("--models", type=int, default=5)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `compare` wants to know."""
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--theirs", type=int, default=1, help="candidates of mergekit")
     parser.add_argument("--questions", type=int, default=4, help="of each validation set")
-    parser.add_argument("--layers", type=int, default=checkpoints.LAYERS)
-    parser.add_argument("--folder", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--side", choices=("ours", "mergekit"))
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        names = ["base", *(f"expert{n}" for n in range(arguments.models))]
-        count = checkpoints.write_checkpoints(folder, names, layers=arguments.layers)
-        for method in arguments.methods:
-            if arguments.side == "ours":
-                print(json.dumps(ours(folder, names, method, arguments)))
-            elif arguments.side == "mergekit":
-                print(json.dumps(theirs(folder, names, method, arguments)))
-            else:
-                line = compare(folder, method, sys.argv[1:])
-                keep({"method": method, "parameters": count, **line})
 
 
-def compare(folder: Path, method: str, given: list[str]) -> dict[str, Any]:
+def main() -> None:
+    """One side, in this process; its figures are the last line printed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("method")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="+")
+    add_options(parser)
+    options = parser.parse_args()
+    side = ours if options.side == "ours" else theirs
+    print(json.dumps(side(options.folder, options.names, options.method, options)))
+
+
+def compare(
+    folder: Path, names: list[str], method: str, options: argparse.Namespace
+) -> dict[str, Any]:
     """Both sides, each in a process of its own, one after the other."""
     load, found = os.getloadavg()[0], {}
-    for side in ("ours", "mergekit"):
-        program = [sys.executable, __file__, *given, "--side", side, "--folder", str(folder)]
-        done = subprocess.run([*program, "--methods", method], capture_output=True, check=False)
+    chosen = [
+        f"--{name}={getattr(options, name)}" for name in ("candidates", "theirs", "questions")
+    ]
+    chosen.append(f"--device={options.device}")
+    for side in SIDES:
+        program = [sys.executable, __file__, *chosen, side, method, str(folder), *names]
+        done = subprocess.run(program, capture_output=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr.decode()[-800:])
         found[side] = json.loads(done.stdout.decode().splitlines()[-1])
@@ -77,22 +74,22 @@ def compare(folder: Path, method: str, given: list[str]) -> dict[str, Any]:
             own = {s: statistics.median(one[part][kind] for one in found[s]["laps"]) for s in found}
             told |= {f"{part}_{kind}_{side}": value for side, value in own.items()}
             told[f"{part}_{kind}_ratio"] = round(own["mergekit"] / own["ours"], 1)
-    first = [found[side]["logps"] for side in ("ours", "mergekit")]
+    first = [found[side]["logps"] for side in SIDES]
     told["largest_logp_difference"] = max(abs(x - y) for x, y in zip(*first, strict=True))
     told["environment"] = {
-        "versions": {name: version(name) for name in (*checkpoints.PACKAGES, "lm-eval")},
+        "versions": {name: version(name) for name in (*PACKAGES, "lm-eval")},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load_average_before": round(load, 2),
     }
-    return {key: value for key, value in told.items() if key not in ("ours", "mergekit")} | {
+    return {key: value for key, value in told.items() if key not in SIDES} | {
         side: {k: v for k, v in one.items() if k != "logps"} for side, one in found.items()
     }
 
 
 def settings(method: str, number: int) -> dict[str, float]:
     """A candidate's numbers, other ones for each."""
-    known = dict(checkpoints.PARAMETERS[method])
+    known = dict(PARAMETERS[method])
     known["weight"] = 0.1 + 0.05 * number
     if "density" in known:
         known["density"] = DENSITIES[number % len(DENSITIES)]
@@ -241,15 +238,6 @@ class Clock:
     def _now() -> tuple[float, float]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return usage.ru_utime + usage.ru_stime, time.perf_counter()
-
-
-def keep(line: dict[str, Any]) -> None:
-    """Write the line in the place of the method's earlier one."""
-    line = {"figure": "search candidate", **line}
-    print(json.dumps(line, indent=1), flush=True)
-    text = RESULTS.read_text() if RESULTS.exists() else ""
-    kept = [one for one in map(json.loads, text.splitlines()) if one["method"] != line["method"]]
-    RESULTS.write_text("".join(json.dumps(one) + "\n" for one in [*kept, line]))
 
 
 if __name__ == "__main__":
