@@ -9,6 +9,7 @@ from mediphi.announcement import ExamTable
 from mediphi.artifacts import write_atomic
 from mediphi.config.schema import Config
 from mediphi.markdown import USE, table, terms
+from mediphi.origins import hub_names, is_hub_id
 
 TOO_LONG = "left out, longer than max_length"
 
@@ -26,11 +27,10 @@ def write_card(
     Args:
         counts: per source, as in the manifest.
     """
-    base = config.model.path or config.model.name
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": base if config.model.is_pretrained else None,
+        "base_model": _base_models(config),
         "tags": ["mediphi", config.stage.kind, config.corpus.name],
     }
     header = yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)
@@ -52,6 +52,14 @@ def write_card(
         parts += [f"## {exam.title}\n", table(exam.rows[0], exam.rows[1:])]
     parts.append(USE)
     write_atomic(folder / "README.md", "\n".join(parts))
+
+
+def _base_models(config: Config) -> list[str]:
+    """Names on the hub, or of a folder; of weights from nowhere none."""
+    path = config.model.path
+    if path is None or not config.model.is_pretrained:
+        return []
+    return [path] if is_hub_id(path) else hub_names({"start": Path(path)})
 
 
 def _documents(count: Mapping[str, int]) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 import pytest
 import torch
+import yaml
 from end_to_end.tiny_chat import (
     NUM_HELDOUT,
     NUM_TRAIN,
@@ -353,3 +354,5 @@ def test_what_does_not_fit_is_dropped_and_told_or_refused(
     assert metrics["too_long"] == {"train": 1, "heldout": 0}
     card = (run_dir / "README.md").read_text()
     assert "left out, longer than max_length" in card and " | 20 | 0 | 1 | 0 |" in card
+    front = yaml.safe_load(card.split("---\n")[1])  # of random weights there is no base
+    assert front.get("base_model") == {"sft": None, "dpo": [sft_run.run_dir.name]}[stage]
