@@ -1,7 +1,9 @@
 """README.md of a merge: a model card with its recipe, its parents' hashes and their licences."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,7 +15,6 @@ from mediphi.origins import Licences, hub_names, licences_behind
 from mediphi.sources import BASE, Sources, licences_of
 
 UNKNOWN = "no manifest: licence unknown, ask whoever published it"
-
 
 Table = tuple[str, Sequence[Sequence[object]]]
 """A title and rows of short cells, header first."""
@@ -54,7 +55,7 @@ def write_merge_card(
         f"Merged by {how}.\n",
         table(("", ""), list(facts.items())),
         "## Models\n",
-        table(("name", "folder", "sha256"), [_row(sources, name) for name in sources.folders]),
+        table(("name", "model", "sha256"), [_row(sources, name) for name in sources.folders]),
         "## Licences\n",
         table(("model", "licence, with its data's"), list(_licence_rows(told))),
         _conclusion(told),
@@ -69,7 +70,7 @@ def write_merge_card(
     for title, rows in tables:
         parts += [f"## {title}\n", table(rows[0], rows[1:])]
     parts += [
-        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n",
+        f"## Recipe\n\n```yaml\n{_by_names(recipe_yaml, sources.folders)}```\n",
         USE,
     ]
     write_atomic(folder / "README.md", "\n".join(parts))
@@ -99,4 +100,24 @@ def _row(sources: Sources, name: str) -> tuple[str, str, str]:
     else:
         vouched = f"{sources.plain[name].sha256[:16]} of its files, sampled; {UNKNOWN}"
     shown = f"{name} (the base)" if name == BASE else name
-    return shown, str(sources.folders[name]), vouched
+    return shown, ", ".join(hub_names({name: sources.folders[name]})), vouched
+
+
+def _by_names(recipe_yaml: str, folders: Mapping[str, Path]) -> str:
+    """The recipe with the models' names instead of folders: cards are published, and folders tell
+    of the machine that they are on. The run's own recipe keeps them."""
+    names = {str(folder): name for name, folder in folders.items()}
+    lines = recipe_yaml.splitlines(keepends=True)
+    remarks = takewhile(lambda line: line.startswith("#"), lines)
+    return "".join(remarks) + yaml.safe_dump(
+        _renamed(yaml.safe_load(recipe_yaml), names), sort_keys=False
+    )
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A YAML value with the strings replaced that have another name."""
+    if isinstance(value, dict):
+        return {key: _renamed(own, names) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_renamed(own, names) for own in value]
+    return names.get(value, value) if isinstance(value, str) else value
