@@ -50,7 +50,7 @@ class Magnitudes:
     def whole(self, model: int) -> Tensor:
         """All of a model's, on its device."""
         everything = slice(0, self.size)
-        delta, buffer = Scratch(2, self.size, self.device).take(everything)
+        delta, buffer = (torch.empty(self.size, device=self.device) for _ in range(2))
         base = None if self._flat.deltas else self._flat.read_base(everything, buffer)
         return self._magnitudes(model, everything, base, delta)
 

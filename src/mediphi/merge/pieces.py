@@ -3,6 +3,8 @@
 A merge never holds a float32 copy of a whole tensor: it goes through it in pieces that fit a cache.
 """
 
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,12 +60,36 @@ def longest(size: int, length: int, unit: int = 1) -> int:
     return min(size, max(1, length // unit) * unit)
 
 
+class _Spare(threading.local):
+    """Buffers that nobody uses, by length: memory given back would be cleared again."""
+
+    def __init__(self) -> None:
+        self.buffers: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+
+_spare = _Spare()
+
+
 class Scratch:
-    """Float32 buffers, allocated once and handed out cut to the length of a piece."""
+    """Float32 buffers, handed out cut to the length of a piece; nothing of them outlives it.
+
+    Those on the CPU that are as long as a whole piece wait for the thread's next tensor.
+    """
 
     def __init__(self, count: int, length: int, device: torch.device) -> None:
         self._length = length
-        self._buffers = tuple(torch.empty(length, device=device) for _ in range(count))
+        self._buffers: tuple[Tensor, ...] = ()
+        waiting = _spare.buffers[length] if self._waits(device) else []
+        found = [waiting.pop() for _ in range(min(count, len(waiting)))]
+        made = [torch.empty(length, device=device) for _ in range(count - len(found))]
+        self._buffers = (*found, *made)
+
+    def _waits(self, device: torch.device) -> bool:
+        return self._length == PIECE and device.type == "cpu"
+
+    def __del__(self) -> None:
+        if self._buffers and self._waits(self._buffers[0].device):
+            _spare.buffers[self._length] += self._buffers
 
     def take(self, span: slice) -> tuple[Tensor, ...]:
         """All buffers, as long as the slice."""
