@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from composing import composed
 from lightning import Callback, LightningModule
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
@@ -22,6 +25,7 @@ from mediphi.errors import Interrupted, MachineError, UserError
 from mediphi.interruption import interruptible
 from mediphi.process_group import join_processes, wait_for_all
 from mediphi.run import run
+from mediphi.tracking.progress import silence_lightning
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int, bf16: bool = True) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     properties = SimpleNamespace(total_memory=85_029_158_912, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
 
@@ -70,12 +74,13 @@ def test_an_old_gpu_trains_in_float32(monkeypatch: pytest.MonkeyPatch):
         (0, {"accelerator": "gpu"}, "hardware.accelerator=gpu.*use hardware=cpu"),
         (1, {"devices": 2}, "hardware.devices=2.*sees 1"),
         (0, {"attention": "varlen"}, "hardware.attention=varlen cannot run on this cpu"),
+        (1, {"attention": "varlen"}, "hardware.attention=varlen computes in half precision"),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, gpus: int, wanted: dict[str, Any], message: str
 ):
-    pretend(monkeypatch, gpus=gpus)
+    pretend(monkeypatch, gpus=gpus, bf16=False)
     with pytest.raises(UserError, match=message) as error:
         engine.resolve(Hardware(**wanted))
     assert "\n" not in str(error.value)
@@ -84,6 +89,7 @@ def test_what_is_not_there_is_refused_in_one_line(
 def test_the_peak_rate_is_the_data_sheets_or_measured():
     h100 = engine.Device("cuda", "NVIDIA H100 80GB HBM3", "bf16-mixed", "varlen")
     assert engine.peak_flops(h100) == 989e12
+    assert engine.peak_flops(replace(h100, precision="32-true")) == 67e12
     cpu = engine.Device("cpu", "2-core CPU", "32-true", "sdpa")
     assert 1e8 < engine.peak_flops(cpu) < 1e15
 
@@ -116,6 +122,17 @@ def test_the_trainer_writes_checkpoints_our_way_and_nothing_by_itself(tmp_path: 
     assert isinstance(made.strategy.checkpoint_io, SafeCheckpointIO)
     assert made.checkpoint_callbacks == [] and made.loggers == []
     assert made.accumulate_grad_batches == 3
+
+
+def test_a_cpu_run_beside_a_gpu_is_told_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Lightning would advise the GPU that the config does not want, in every run."""
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="GPU available but not used"):
+            trainer(Hardware(accelerator="cpu"))
+        silence_lightning()
+        trainer(Hardware(accelerator="cpu"))
 
 
 def test_a_signal_while_validating_is_not_lost():

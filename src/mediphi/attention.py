@@ -45,6 +45,7 @@ IMPLEMENTATIONS: dict[Kernel, str] = {
 NEEDED_CAPABILITY = (8, 0)
 """Of a GPU for flash attention: Ampere."""
 
+HALF_ONLY = "computes in half precision, hardware.precision=32-true does not: take sdpa or auto"
 FLASH_SHARES_NOTHING = (
     "stage.share_prompt needs hardware.attention=varlen or sdpa, or set it to false"
 )
@@ -65,7 +66,7 @@ def choose_kernel(
         device_type: `cuda` or `cpu`.
         shares_prompts: whether rows will hold two answers to one prompt, which flash cannot do.
         half: whether products are in half precision, the only one of flash and varlen; in float32
-            `auto` does not round.
+            `auto` does not take them.
         is_here: else the device is another machine's: it has whatever is wanted, and `auto` counts
             on nothing that has to be installed.
 
@@ -85,6 +86,8 @@ def choose_kernel(
             f"hardware.attention={wanted} cannot run on this {device_type}: "
             f"available are {', '.join(available)} (or auto)"
         )
+    if wanted != "sdpa" and not half:
+        raise UserError(f"hardware.attention={wanted} {HALF_ONLY}")
     return wanted  # type: ignore[return-value]
 
 

@@ -183,7 +183,7 @@ def _memory_bytes(
     rounded = 2.0 * products if device.precision == "bf16-mixed" else 0.0
     if splits(hardware.strategy):
         state, rounded = state / config.world_size, 0.0
-    if hardware.offload:
+    if hardware.offload and device.type == "cuda":  # a CPU's parts are in main memory anyway
         state = 0.0
     kept = _activations(model_config, config, device, recomputed=recomputed)
     largest = max(

@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class Gpu(NamedTuple):
     Attributes:
         memory: bytes.
         bf16_flops: dense bfloat16 FLOP/s.
+        float32_flops: FLOP/s in float32, which PyTorch does not round to TF32.
         bandwidth: bytes a second of its memory.
         pcie: bytes a second to the machine, each way.
         nvlink: bytes a second to the GPUs beside it, each way; 0: over PCIe.
@@ -39,22 +41,29 @@ class Gpu(NamedTuple):
 
     memory: float
     bf16_flops: float
+    float32_flops: float
     bandwidth: float
     pcie: float
     nvlink: float = 0.0
 
+    def flops(self, precision: str) -> float:
+        """FLOP/s of matrix products under `hardware.precision`."""
+        return self.bf16_flops if precision == "bf16-mixed" else self.float32_flops
+
 
 GPUS: dict[GpuName, Gpu] = {
-    "H200": Gpu(141e9, 989e12, 4.8e12, pcie=64e9, nvlink=450e9),
-    "H100": Gpu(80e9, 989e12, 3.35e12, pcie=64e9, nvlink=450e9),
-    "A100 80GB": Gpu(80e9, 312e12, 2.0e12, pcie=32e9, nvlink=300e9),
-    "A100": Gpu(40e9, 312e12, 1.56e12, pcie=32e9, nvlink=300e9),
-    "L40S": Gpu(48e9, 362e12, 0.86e12, pcie=32e9),
-    "A10": Gpu(24e9, 125e12, 0.6e12, pcie=32e9),
-    "RTX 4090": Gpu(24e9, 165e12, 1.01e12, pcie=32e9),
+    "H200": Gpu(141e9, 989e12, 67e12, 4.8e12, pcie=64e9, nvlink=450e9),
+    "H100": Gpu(80e9, 989e12, 67e12, 3.35e12, pcie=64e9, nvlink=450e9),
+    "A100 80GB": Gpu(80e9, 312e12, 19.5e12, 2.0e12, pcie=32e9, nvlink=300e9),
+    "A100": Gpu(40e9, 312e12, 19.5e12, 1.56e12, pcie=32e9, nvlink=300e9),
+    "L40S": Gpu(48e9, 362e12, 91.6e12, 0.86e12, pcie=32e9),
+    "A10": Gpu(24e9, 125e12, 31.2e12, 0.6e12, pcie=32e9),
+    "RTX 4090": Gpu(24e9, 165e12, 82.6e12, 1.01e12, pcie=32e9),
 }
-"""The part of a device's name that tells it -> its numbers, SXM modules' where there are such; the
+"""The words of a device's name that tell it -> its numbers, SXM modules' where there are such; the
 first that fits counts."""
+OTHER_BOARDS = ("PCIe", "PCIE", "NVL")
+"""Words of boards that have the chip of a module, and neither its speed nor its links."""
 
 LOSS_CHUNK_TOKENS = {"cuda": 2048, "cpu": 128}
 """Large products keep a GPU busy; few logits stay in a CPU's cache."""
@@ -261,7 +270,7 @@ def peak_flops(device: Device) -> float:
     if device.type == "cuda":
         known = data_sheet(device.name)
         if known is not None:
-            return known.bf16_flops
+            return known.flops(device.precision)
     dtype = torch.bfloat16 if device.precision == "bf16-mixed" else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, dtype=dtype, device=device.type) for _ in range(2))
@@ -270,8 +279,11 @@ def peak_flops(device: Device) -> float:
 
 
 def data_sheet(name: str) -> Gpu | None:
-    """Numbers of the GPU that a name, such as `NVIDIA H100 80GB HBM3`, belongs to."""
-    return next((gpu for key, gpu in GPUS.items() if all(w in name for w in key.split())), None)
+    """Numbers of the GPU that a name, such as `NVIDIA H100 80GB HBM3`, belongs to, if any."""
+    words = re.split(r"[\s-]", name)
+    if any(word in words for word in OTHER_BOARDS):
+        return None
+    return next((gpu for key, gpu in GPUS.items() if all(w in words for w in key.split())), None)
 
 
 def _timed_matmul(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -287,6 +299,8 @@ def _precision(wanted: str, on_gpu: bool) -> str:
     if wanted != "auto":
         return wanted
     if on_gpu:
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
     capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if capable else "32-true"

@@ -134,7 +134,7 @@ def _refuse_hopeless(run: Training) -> None:
     Raises:
         UserError: the training state alone is larger than the GPU's memory.
     """
-    least = least_state(run.budget, config=run.config)
+    least = least_state(run.budget, config=run.config, device=run.device)
     there = available_memory(run.device, config=run.config)
     if least <= there:
         return

@@ -139,6 +139,8 @@ ONE_PROBLEM = [
     (["~model.architecture"], "model.architecture: init=random needs"),
     (["corpus.task_outputs.generator=files"], "corpus.task_outputs.path: generator=files needs"),
     (["hardware.accelerator=cpu", "hardware.attention=flash"], "accelerator=cpu has auto"),
+    (["hardware.precision=32-true", "hardware.attention=flash"], "precision=32-true has auto"),
+    (["hardware.num_threads=3000000000"], "must be <= 1024"),
     (["hardware.compile=true", "hardware.strategy=fsdp2"], "hardware.compile=true: strategy=fsdp2"),
     # Secrets, never echoed.
     (["+logger.api_key=canary"], "logger.api_key=***: unknown key"),

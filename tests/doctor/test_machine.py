@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 
 from mediphi import resources
 from mediphi.doctor import kernels, machine, ranks
+from mediphi.engine import Device
 
 MakeCase = Callable
 
@@ -23,7 +24,7 @@ def test_devices_that_are_not_here_fail_and_the_rest_goes_on(make_case: MakeCase
 
 
 def test_more_threads_than_cores_are_told(make_case: MakeCase) -> None:
-    case = make_case("hardware.num_threads=9999")
+    case = make_case("hardware.num_threads=999")
     assert "wait for one another" in only(machine.cores, case, "warning").found
 
 
@@ -48,6 +49,30 @@ def test_a_model_that_is_split_still_takes_memory(strategy: str, make_case: Make
     found = only(machine.memory, split, "ok").found
     told = float(found.rpartition("takes about ")[2].split()[0])
     assert told == round(8 * split.budget().memory_bytes / 1e9, 1) > 0
+
+
+def test_offloading_on_a_cpu_moves_nothing_out_of_its_memory(make_case: MakeCase) -> None:
+    split = ("hardware.devices=2", "hardware.strategy=zero3")
+    plain, offloaded = (
+        make_case(*split, f"hardware.offload={own}").budget().memory_bytes
+        for own in ("false", "true")
+    )
+    assert offloaded >= plain
+
+
+def test_what_a_gpu_offloads_is_compared_with_the_machines_memory(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eight = ("hardware.devices=8", "hardware.strategy=zero3", "hardware.offload=true")
+    case = make_case(*eight)
+    h100 = Device("cuda", "H100", "bf16-mixed", "varlen", 2048)
+    monkeypatch.setattr(case, "device", lambda: h100)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (80e9, 80e9))
+    needed = 24 * case.budget().num_trained
+    for free, status in ((needed + 1, "ok"), (needed - 1, "warning")):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        _, host = machine.memory(case)
+        assert host.status == status and "what is offloaded takes" in host.found
 
 
 def test_a_jobs_own_group_counts_and_files_kept_in_memory_are_free(

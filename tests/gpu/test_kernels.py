@@ -15,7 +15,7 @@ from mediphi import attention
 from mediphi.batches import PreferenceBatch
 from mediphi.data.loader import PackedLoader
 from mediphi.data.plan import TrainingPlan
-from mediphi.modules.causal_lm import hidden_states
+from mediphi.modules.causal_lm import hidden_states, takes_padding
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,7 +108,9 @@ def test_positions_behind_the_last_sequence_change_no_number(kernel: attention.K
     model = small_model(attention.IMPLEMENTATIONS[kernel], num_key_value_heads=2, **SIZES).cuda()
     batch = packed(random_documents(LENGTHS)).to("cuda")
     found = []
-    for tokens in (None, batch.num_tokens + 300):
+    longer = batch.num_tokens + 100
+    assert takes_padding(batch.num_tokens, longer)
+    for tokens in (None, longer):
         model.zero_grad()
         del_me = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(8, 24)]
         del del_me

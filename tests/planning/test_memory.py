@@ -110,13 +110,20 @@ def test_autocast_keeps_fewer_bytes_than_float32():
 
 def test_phi35_minis_state_fills_61_gigabytes_and_an_eighth_of_it_under_zero3():
     budget = estimate(str(ASSETS / "phi35_mini"), config=config(), device=CPU)
-    one = least_state(budget, config=config("hardware.micro_batch=1"))
+    one = least_state(budget, config=config("hardware.micro_batch=1"), device=CPU)
     assert one == 16 * 3_821_079_552 == pytest.approx(61.14e9, rel=1e-3)
     eight = config(
         *("hardware.micro_batch=1", "hardware.accelerator=gpu"),
         *("hardware.devices=8", "hardware.strategy=zero3"),
     )
-    assert least_state(budget, config=eight) == one / 8
+    assert least_state(budget, config=eight, device=CPU) == one / 8
+    offloaded = config(
+        *("hardware.micro_batch=1", "hardware.devices=8"),
+        *("hardware.strategy=zero3", "hardware.offload=true"),
+    )
+    assert least_state(budget, config=offloaded, device=CPU) == one / 8  # where it is all the same
+    h100 = Device("cuda", "H100", "bf16-mixed", "varlen", 2048)
+    assert least_state(budget, config=offloaded, device=h100) == 0
 
 
 def test_phi35_mini_is_planned_without_its_61_gigabytes():

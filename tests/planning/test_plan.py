@@ -174,7 +174,13 @@ def test_every_gpu_of_the_table_is_told_by_its_name(name: GpuName):
 def test_a_gpu_with_80_gigabytes_is_told_from_its_smaller_sibling():
     large, small = (engine.data_sheet(f"NVIDIA A100-SXM4-{n}GB") for n in (80, 40))
     assert large == engine.GPUS["A100 80GB"] and small == engine.GPUS["A100"]
-    assert engine.data_sheet("NVIDIA Something") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["Something", "RTX A1000", "A10G", "H100 PCIe", "H100 NVL", "A100-PCIE-40GB"]
+)
+def test_another_board_is_no_gpu_of_the_table(name: str):
+    assert engine.data_sheet(f"NVIDIA {name}") is None
 
 
 def test_an_absent_gpu_is_planned_for_by_name_only(monkeypatch: pytest.MonkeyPatch):

@@ -106,7 +106,7 @@ class Hardware(Strict):
     planned_gpu: GpuName | None = None
     """Which GPU check_only=true plans for, also where there is none or another one. null: the one
     that is here."""
-    num_threads: PositiveInt | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of PyTorch's kernels; null: PyTorch's choice."""
     num_workers: NonNegativeInt = 0
     """Processes that tokenise; 0: in this one, right for all but the largest corpora."""
@@ -119,6 +119,10 @@ class Hardware(Strict):
     def broken_rules(self) -> Iterator[BrokenRule]:
         if self.accelerator == "cpu" and self.attention in ("flash", "varlen"):
             yield BrokenRule("attention", "accelerator=cpu has auto and sdpa; flash is for GPUs")
+        elif self.precision == "32-true" and self.attention in ("flash", "varlen"):
+            yield BrokenRule(
+                "attention", "precision=32-true has auto and sdpa; others compute in half"
+            )
         if self.accelerator == "cpu" and self.planned_gpu is not None:
             yield BrokenRule("planned_gpu", "accelerator=cpu plans for the CPU; take auto or gpu")
         if self.compile and self.strategy in ("zero3", "fsdp2"):

@@ -13,6 +13,13 @@ from mediphi.resources import free_memory, num_cores
 BUSY = 0.5
 """Share of the cores that others may use before it is worth a word."""
 GB = 1e9
+OFFLOADED_BYTES = 24
+"""A parameter's: weight, gradient, its copy, master weight and two moments, all in float32."""
+MORE_MEMORY = (
+    "more devices with hardware.strategy=zero3 or fsdp2, "
+    "hardware.activation_checkpointing=true, a smaller hardware.micro_batch, "
+    "or for SFT and DPO stage.lora.rank=16"
+)
 
 
 def device(case: Case) -> Iterator[Finding]:
@@ -113,10 +120,18 @@ def memory(case: Case) -> Iterator[Finding]:
     )
     if needed < free:
         yield ok("memory", text)
-        return
-    remedy = (
-        "more devices with hardware.strategy=zero3 or fsdp2, "
-        "hardware.activation_checkpointing=true, a smaller hardware.micro_batch, "
-        "or for SFT and DPO stage.lora.rank=16"
-    )
-    yield warning("memory", text, remedy=remedy)
+    else:
+        yield warning("memory", text, remedy=MORE_MEMORY)
+    if on_gpu and hardware.offload:
+        yield _offloaded(case)
+
+
+def _offloaded(case: Case) -> Finding:
+    """What ZeRO-3 keeps in this machine's memory, of all its processes."""
+    share = case.config.hardware.devices / case.config.world_size
+    needed, free = OFFLOADED_BYTES * case.budget().num_trained * share, free_memory()
+    text = f"{free / GB:.1f} GB of main memory free; what is offloaded takes {needed / GB:.1f} GB"
+    if needed < free:
+        return ok("memory", text)
+    remedy = "more machines (hardware.num_nodes), or for SFT and DPO stage.lora.rank=16"
+    return warning("memory", text, remedy=remedy)

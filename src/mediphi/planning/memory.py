@@ -93,9 +93,9 @@ def _without_zeros(items: dict[str, float]) -> dict[str, float]:
     return {name: size for name, size in items.items() if size}
 
 
-def least_state(budget: Budget, *, config: Config) -> float:
+def least_state(budget: Budget, *, config: Config, device: Device) -> float:
     """Bytes of weights, gradients and moments on a device: no micro-batch is so small."""
-    if config.hardware.offload:
+    if config.hardware.offload and device.type == "cuda":
         return 0.0
     whole = FLOAT32 * (budget.num_parameters + 3.0 * budget.num_trained)
     return whole / (config.world_size if splits(config.hardware.strategy) else 1)

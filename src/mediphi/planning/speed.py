@@ -136,10 +136,15 @@ def rates_of(device: Device) -> Rates:
     """The data sheet's for a known GPU, else measured here in under a second; links' assumed."""
     sheet = engine.data_sheet(device.name) if device.type == "cuda" else None
     if sheet is not None:
-        flops = sheet.bf16_flops if device.precision == "bf16-mixed" else sheet.bf16_flops / 16
         own = Link("NVLink", sheet.nvlink) if sheet.nvlink else Link("PCIe", sheet.pcie)
         link = own._replace(rate=LINK_SHARE * own.rate)
-        return Rates(flops, sheet.bandwidth, "data sheet", link, LINK_SHARE * sheet.pcie)
+        return Rates(
+            sheet.flops(device.precision),
+            sheet.bandwidth,
+            "data sheet",
+            link,
+            LINK_SHARE * sheet.pcie,
+        )
     fastest, bandwidth = max(engine.peak_flops(device) for _ in range(3)), _bandwidth(device)
     if device.type == "cpu":  # its own memory is the host's
         return Rates(fastest, bandwidth, "measured now", Link("gloo", GLOO), bandwidth)

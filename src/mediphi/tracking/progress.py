@@ -33,6 +33,7 @@ CHATTER = (
     r".*`Trainer\(logger=.*",
     r".*IterableDataset.*__len__.*",
     r".*`srun` command is available.*",
+    r".*GPU available but not used.*",
 )
 
 
