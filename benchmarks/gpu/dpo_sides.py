@@ -2,18 +2,31 @@
 
 import json
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import measuring
 import trainers
-from fitting import LR, Progress, fit, of, peer_arguments, peer_clock, peer_tokenizer
+from fitting import (
+    LR,
+    Progress,
+    fit,
+    judged,
+    kept,
+    of,
+    passes_per_step,
+    peer_arguments,
+    peer_clock,
+    peer_tokenizer,
+)
 from measuring import DeviceMeter
 from sides import Train, serve
 from train_sides import LIGER
 
 BETA = 0.1
+OFF = {"32-true": 1e-4, "bf16-mixed": 5e-2}
+"""How far a loss may be off; a difference of sums of log-probabilities shows all of bfloat16."""
 PRECOMPUTED = {"precompute_ref_log_probs": True, "logging_nan_inf_filter": False}
 LEAN = {**PRECOMPUTED, "gradient_checkpointing": False}
 SIDES: dict[str, dict[str, Any]] = {
@@ -91,9 +104,10 @@ def packed_pairs(task: Task, folder: Path) -> Any:
     key = StoreKey(tokenizer_sha256(tokenizer), "benchmark", name, "train", 0)
     store = build_store(rows, cache=folder, tokenizer=tokenizer, key=key)
     settings = PlanSettings(PAIR_KINDS, task.capacity, 1, layout="shared_pairs")
-    size = task.rows_per_pass
-    passes = -(-TrainingPlan(store, settings).num_rows // (task.steps * size))
-    settings = replace(settings, global_batch=passes * size, micro_batch=size)
+    rows, size, steps = TrainingPlan(store, settings).num_rows, task.rows_per_pass, task.steps
+    passes = passes_per_step(rows, size=size, steps=steps)
+    sizes = {"global_batch": passes * size, "micro_batch": size}
+    settings = replace(settings, **sizes, max_steps=steps)
     return PackedDataModule(store, heldout=None, settings=settings, prefetch=2)
 
 
@@ -249,6 +263,20 @@ def _answer_logps(task: Task, *, seed: int) -> Any:
     return torch.stack(found).view(-1, 2)
 
 
+def judge(meter: DeviceMeter, expected: float, *, precision: str) -> dict[str, float]:
+    """How far the loss of a parity run is off; TRL's passes are means of their pairs.
+
+    Raises:
+        SystemExit: the side computes something else, or the loss tells nothing.
+    """
+    if abs(expected - 0.6931) < 2e-3:
+        raise SystemExit("no parity: policy and reference are the same")
+    off = abs(sum(meter.losses) - expected)
+    if not off < OFF[precision]:
+        raise SystemExit(f"no parity: loss {off:.1e} off (allowed {OFF[precision]:.0e})")
+    return {"loss_off": float(f"{off:.1e}")}
+
+
 def make(task: Task, side: str, folder: Path) -> Train:
     if side.startswith("ours"):
         train: Any = partial(train_ours, task, folder, compile=SIDES[side]["compile"])
@@ -257,7 +285,16 @@ def make(task: Task, side: str, folder: Path) -> Train:
     return train
 
 
+def work(name: str, task_file: Path) -> None:
+    task = Task(*json.loads(task_file.read_text()))
+    known = partial(kept, task_file.with_name("reference.pt"), partial(one_by_one, task))
+
+    def prepare(folder: Path) -> Train:
+        train = make(task, name, folder)
+        return judged(train, lambda meter: judge(meter, known(), precision=task.precision))
+
+    serve(prepare, lambda offs: offs, meters=DeviceMeter)
+
+
 if __name__ == "__main__":
-    own, name = Task(*json.loads(Path(sys.argv[2]).read_text())), sys.argv[1]
-    reference = cache(lambda _: one_by_one(own) if name == "ours" else 0.0)
-    serve(partial(make, own, name), reference, meters=DeviceMeter)
+    work(sys.argv[1], Path(sys.argv[2]))

@@ -1,11 +1,13 @@
 """How the sides of the GPU benchmarks train: Lightning around ours, arguments of TRL's."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import measuring
 import trainers
 from measuring import DeviceMeter
+from sides import Train
 
 LR = 1e-8
 """So small that the losses of all steps are those of the first weights: they can be compared."""
@@ -14,6 +16,48 @@ LR = 1e-8
 def of(task: Any, meter: DeviceMeter) -> Any:
     """What a run trains."""
     return task.first_step if meter.what == "parity" else task
+
+
+def passes_per_step(rows: int, *, size: int, steps: int) -> int:
+    """Passes of `size` packed rows in each of so many optimizer steps.
+
+    As many as leave no row over; where that would make fewer steps, one less, and the last rows are
+    not trained.
+
+    Raises:
+        SystemExit: there are not enough rows.
+    """
+    passes = -(-rows // (steps * size))
+    if -(-rows // (passes * size)) < steps:
+        passes -= 1
+    if not passes:
+        raise SystemExit(
+            f"--rows {size}: {steps} optimizer steps need more than {rows} packed rows; "
+            f"at most {max(1, rows // steps)} go through the model at a time"
+        )
+    return passes
+
+
+# ---------------------------------------------------------------------------------- parity
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What the first process to need it has made; sides take turns, so none waits for another."""
+    import torch
+
+    if not path.exists():
+        made = make()
+        torch.save(made, path)
+    return torch.load(path)
+
+
+def judged(train: Train, judge: Callable[[DeviceMeter], dict[str, float]]) -> Train:
+    """A side's run that answers how far it is off; nothing where it is timed."""
+
+    def run(meter: Any) -> dict[str, float]:
+        train(meter)
+        meter.release()  # what it is compared with needs the memory
+        return judge(meter) if meter.what == "parity" else {}
+
+    return run
 
 
 class Progress:

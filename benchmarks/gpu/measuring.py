@@ -23,6 +23,8 @@ import sides
 from turns import Deadline
 
 PHI = sides.ROOT / "assets" / "models" / "phi35_mini"
+STRIDE = 1009
+"""A prime, so that elements of all rows and columns are among them; gigabytes become megabytes."""
 PACKAGES = (*sides.PACKAGES, "triton", "flash_attn", "liger_kernel")
 
 
@@ -144,17 +146,33 @@ class DeviceMeter(sides.Meter):
 
     Args:
         what: `parity`, one optimizer step on the first documents; `time`, all of them.
+
+    Attributes:
+        gradient: that the step of a parity run took, see `sampled`; None in a timed run.
     """
 
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what = what
         self.step_losses: list[Any] = []
+        self.gradient: Any = None
+        self._hook: Any = None
         if device() == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats()
             self.before_mib = torch.cuda.memory_allocated() / 2**20
+
+    def watch(self, model: Any) -> None:
+        """Before a parity run: of this model the gradient is kept."""
+        if self.what != "parity":
+            return
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        def take(*_: Any) -> None:
+            self.gradient = sampled(model)
+
+        self._hook = register_optimizer_step_post_hook(take)
 
     def apart(self) -> "DeviceMeter":
         return DeviceMeter(self.what)
@@ -166,6 +184,8 @@ class DeviceMeter(sides.Meter):
     def stop(self) -> None:
         synchronize()
         super().stop()
+        if self._hook is not None:
+            self._hook.remove()
         self.losses = [float(loss) for loss in self.step_losses]
 
     def peak_mib(self) -> float:
@@ -181,6 +201,19 @@ class DeviceMeter(sides.Meter):
             import torch
 
             torch.cuda.empty_cache()
+
+
+def sampled(model: Any) -> Any:
+    """Every `STRIDE`-th element of each parameter's gradient, float32 on the CPU."""
+    import torch
+
+    grads = [p.grad.detach().flatten()[::STRIDE] for p in model.parameters()]
+    return torch.cat(grads).float().cpu()
+
+
+def distance(found: Any, wanted: Any) -> float:
+    """Norm of the difference, as a share of the norm that is wanted."""
+    return float((found - wanted).norm() / wanted.norm())
 
 
 # ---------------------------------------------------------------------------------- lines
@@ -254,12 +287,14 @@ def run_benchmark(figures: Figures, *, doc: str | None, results: str) -> None:
     deadline = Deadline(arguments.deadline)
     options = Options(arguments.toy, str(folder), deadline, arguments.rows, tuple(arguments.only))
     lines = []
-    for figure in figures(options):
-        line = {**figure, **environment()}
-        lines.append(line)
-        print(json.dumps(line), flush=True)
-    if not arguments.toy:
-        _keep(lines, sides.RESULTS / results)
+    try:
+        for figure in figures(options):
+            line = {**figure, **environment()}
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+    finally:  # what was measured before a side of ours failed, or before Ctrl-C, counts
+        if lines and not arguments.toy:
+            _keep(lines, sides.RESULTS / results)
 
 
 def _keep(lines: list[dict[str, Any]], path: Path) -> None:

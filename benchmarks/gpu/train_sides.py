@@ -2,13 +2,24 @@
 
 import json
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import measuring
 import trainers
-from fitting import LR, Progress, fit, of, peer_arguments, peer_clock, peer_tokenizer
+from fitting import (
+    LR,
+    Progress,
+    fit,
+    judged,
+    kept,
+    of,
+    passes_per_step,
+    peer_arguments,
+    peer_clock,
+    peer_tokenizer,
+)
 from measuring import DeviceMeter
 from sides import Train, serve
 
@@ -80,10 +91,10 @@ def packed_data(task: Task, folder: Path) -> Any:
     key = StoreKey(tokenizer_sha256(tokenizer), "benchmark", name, "train", 0)
     store = build_store(documents, cache=folder, tokenizer=tokenizer, key=key)
     settings = PlanSettings(("document",), task.capacity, 1)
-    rows = TrainingPlan(store, settings).num_rows
-    size = task.rows_per_pass
-    passes = -(-rows // (task.steps * size))
-    settings = replace(settings, global_batch=passes * size, micro_batch=size)
+    rows, size, steps = TrainingPlan(store, settings).num_rows, task.rows_per_pass, task.steps
+    passes = passes_per_step(rows, size=size, steps=steps)
+    sizes = {"global_batch": passes * size, "micro_batch": size}
+    settings = replace(settings, **sizes, max_steps=steps)
     return PackedDataModule(store, heldout=None, settings=settings, prefetch=2)
 
 
@@ -122,7 +133,9 @@ def our_module(task: Task, data: Any, *, compile: str) -> Any:
 def train_ours(task: Task, folder: Path, meter: DeviceMeter, *, compile: str) -> None:
     task = of(task, meter)
     data = packed_data(task, folder / str(task.steps))
-    fit(task, data, our_module(task, data, compile=compile), meter)
+    module = our_module(task, data, compile=compile)
+    meter.watch(module.model)
+    fit(task, data, module, meter)
 
 
 # ---------------------------------------------------------------------------------- plain loop
@@ -149,6 +162,7 @@ def train_plainly(task: Task, folder: Path, meter: DeviceMeter) -> None:
     task, device = of(task, meter), measuring.device()
     progress = Progress(meter, task)
     model = measuring.random_model(task.model)
+    meter.watch(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     progress.begin()
     for passes in passes_of(task):
@@ -209,6 +223,7 @@ def train_peer(task: Task, folder: Path, meter: DeviceMeter, *, side: str) -> No
     model = measuring.random_model(
         task.model, implementation=fastest_attention() if is_packed else "sdpa"
     )
+    meter.watch(model)
     shares = len(task.documents) // task.steps
     config = SFTConfig(
         **peer_arguments(task, folder, own), max_length=task.capacity, max_steps=task.steps
@@ -231,21 +246,38 @@ def train_peer(task: Task, folder: Path, meter: DeviceMeter, *, side: str) -> No
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     passes = len(lengths) // (task.steps * size) if task.steps > 1 else -(-len(lengths) // size)
     trainer.args.gradient_accumulation_steps = passes
-    trainer.accelerator.gradient_accumulation_steps = passes
     tokens = (sum(lengths[i : i + size]) for i in range(0, len(lengths), size))
     trainer.train()
 
 
-# ---------------------------------------------------------------------------------- workers
-def one_by_one(task: Task) -> float:
-    """Token-mean loss of the first step, each document alone through transformers."""
+# ---------------------------------------------------------------------------------- parity
+OFF = {"32-true": 1e-4, "bf16-mixed": 1e-2}
+"""How far the mean loss may be off: it sees a wrong scale, and targets that are missing."""
+TIMES_NOISE, LEAST_NOISE = 4.0, 2.5e-4
+"""How far a gradient may be off, in units of what bfloat16 alone does to it; float32's at least."""
+
+
+def one_by_one(task: Task) -> tuple[float, Any]:
+    """Token-mean loss and clipped gradient, each document alone through transformers.
+
+    Returns:
+        The loss; float32 `[sampled elements]`, see `measuring.sampled`.
+    """
     import torch
 
-    task, device = task.first_step, measuring.device()
+    from mediphi.backbone import _checkpoint_activations
+
+    device, bf16 = measuring.device(), task.precision == "bf16-mixed"
     model = measuring.random_model(task.model)
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled="bf16" in task.precision):
-        losses = [_sum_of_losses(model, ids, device) for ids in task.documents]
-    return float(torch.stack(losses).sum()) / sum(len(ids) - 1 for ids in task.documents)
+    _checkpoint_activations(model, except_in=[])  # a long document in float32 needs the room
+    targets, total = sum(len(ids) - 1 for ids in task.documents), 0.0
+    for ids in task.documents:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = _sum_of_losses(model, ids, device) / targets
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return total, measuring.sampled(model)
 
 
 def _sum_of_losses(model: Any, ids: list[int], device: str) -> Any:
@@ -257,6 +289,41 @@ def _sum_of_losses(model: Any, ids: list[int], device: str) -> Any:
     return F.cross_entropy(logits, row[0, 1:], reduction="sum")
 
 
+def reference(task: Task) -> dict[str, Any]:
+    """Of the first step: loss, gradient, and how far rounding alone takes one from float32.
+
+    The last on a few documents: over more of them gradient and rounding grow alike.
+    """
+    task = task.first_step
+    loss, gradient = one_by_one(task)
+    few = task._replace(documents=task.documents[:4])
+    exact = one_by_one(few._replace(precision="32-true"))[1]
+    noise = measuring.distance(one_by_one(few)[1], exact)
+    return {"loss": loss, "gradient": gradient, "noise": noise}
+
+
+def judge(meter: DeviceMeter, known: dict[str, Any], *, precision: str) -> dict[str, float]:
+    """How far the step of a parity run is off documents one by one.
+
+    The mean loss hardly changes when tokens see other documents: over thousands of random tokens
+    better and worse guesses cancel out. The gradient changes as a whole.
+
+    Raises:
+        SystemExit: the side computes something else.
+    """
+    loss_off = abs(sum(meter.losses) - known["loss"])
+    grad_off = measuring.distance(meter.gradient, known["gradient"])
+    limit = TIMES_NOISE * max(LEAST_NOISE, known["noise"])
+    if not (loss_off < OFF[precision] and grad_off < limit):
+        raise SystemExit(
+            f"no parity: loss {loss_off:.1e} off (allowed {OFF[precision]:.0e}), "
+            f"gradient {grad_off:.1e} of its norm off (allowed {limit:.1e})"
+        )
+    offs = {"loss_off": loss_off, "grad_off": grad_off, "grad_off_allowed": limit}
+    return {name: float(f"{off:.1e}") for name, off in offs.items()}
+
+
+# ---------------------------------------------------------------------------------- workers
 def make(task: Task, side: str, folder: Path) -> Train:
     """A run leaves no model behind: the next side needs the device's memory."""
     if side.startswith("ours"):
@@ -268,7 +335,16 @@ def make(task: Task, side: str, folder: Path) -> Train:
     return train
 
 
+def work(name: str, task_file: Path) -> None:
+    task = Task(*json.loads(task_file.read_text()))
+    known = partial(kept, task_file.with_name("reference.pt"), partial(reference, task))
+
+    def prepare(folder: Path) -> Train:
+        train = make(task, name, folder)
+        return judged(train, lambda meter: judge(meter, known(), precision=task.precision))
+
+    serve(prepare, lambda offs: offs, meters=DeviceMeter)
+
+
 if __name__ == "__main__":
-    own, name = Task(*json.loads(Path(sys.argv[2]).read_text())), sys.argv[1]
-    reference = cache(lambda _: one_by_one(own) if name == "transformers" else 0.0)
-    serve(partial(make, own, name), reference, meters=DeviceMeter)
+    work(sys.argv[1], Path(sys.argv[2]))

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import sides
 
+LATE = "left out: "
+"""How a failure begins that is for want of time."""
+
 
 class Deadline:
     """The end of a benchmark's time.
@@ -37,13 +40,13 @@ class Deadline:
     @property
     def told(self) -> str:
         """Why a side has no figures."""
-        return f"left out: its turn would not have ended within {self.seconds:.0f} s"
+        return f"{LATE}its turn would not have ended within {self.seconds:.0f} s"
 
 
 class Turns(NamedTuple):
-    """Of a side: its first run, whose loss is compared, and the timed ones; or why it failed."""
+    """Of a side: how far its first run is off, and the timed ones; or why it failed."""
 
-    parity: sides.Run | None
+    parity: dict[str, float] | None
     runs: list[sides.Run]
     failure: str | None = None
 
@@ -54,8 +57,9 @@ def processes_in_turns(
     """Sides in processes of their own that stay alive, A-B-C, C-B-A: at most five timed rounds.
 
     No turn begins that would end after the deadline, and what runs then is killed: its earlier
-    turns count. A side that fails, for want of memory say, or has no turn, is told in its line and
-    keeps no other from running.
+    turns count. A side that fails, for want of memory say or since it computes something else, or
+    that has no turn, is told in its line and keeps no other from running. Only where the first run
+    of ours fails, nothing else is run.
     """
     with tempfile.TemporaryDirectory() as folder:
         task_file = Path(folder) / "task.json"
@@ -69,17 +73,33 @@ def processes_in_turns(
         finally:
             guard.cancel()
         for name, worker in workers.items():
-            if found[name].failure is not None:
+            if name not in found or found[name].failure is not None:
                 worker.process.kill()
             worker.end()
-    failure = found["ours"].failure
-    if failure is not None and failure != deadline.told:
-        raise SystemExit(f"ours: {failure}")
     return found
 
 
+def raise_for_ours(found: dict[str, Turns]) -> None:
+    """Once all lines are told.
+
+    Raises:
+        SystemExit: ours failed, not for want of time.
+    """
+    if has_failed(found["ours"]):
+        raise SystemExit(f"ours: {found['ours'].failure}")
+
+
+def has_failed(turns: Turns) -> bool:
+    """Otherwise than for want of time."""
+    return turns.failure is not None and not turns.failure.startswith(LATE)
+
+
 def _rounds(workers: dict[str, sides.Side], *, toy: bool, deadline: Deadline) -> dict[str, Turns]:
-    found = {name: _first(worker, deadline) for name, worker in workers.items()}
+    found: dict[str, Turns] = {}
+    for name, worker in workers.items():
+        found[name] = _first(worker, deadline)
+        if name == "ours" and has_failed(found[name]):
+            return found
     for number in range(1 if toy else 5):
         for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
             if found[name].failure is None:
@@ -99,7 +119,8 @@ def _first(worker: sides.Side, deadline: Deadline) -> Turns:
     if not deadline.leaves():
         return Turns(None, [], deadline.told)
     try:
-        return Turns(worker.run("parity"), [])
+        offs: Any = worker.run("parity").heldout
+        return Turns(offs, [])
     except (SystemExit, BrokenPipeError) as error:
         return Turns(None, [], str(error)[-600:] if deadline.leaves() else deadline.told)
 
