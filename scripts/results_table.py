@@ -47,7 +47,7 @@ COLUMNS = {
     "gpu_loss": "side ms share_of_peak peak_mib wall_ratio wall_ratio_spread failure",
     "gpu_planner_memory": ("side predicted_gib used_gib ratio allocated_gib reserved_gib failure"),
     "gpu_train_step": (
-        "data side tokens_per_s mfu peak_gib wall_ratio wall_ratio_spread loss_off failure"
+        "data side tokens_per_s mfu peak_gib wall_ratio wall_ratio_spread loss_off grad_off failure"
     ),
     "merge": (
         "figure method models cpu_ratio cpu_ours cpu_mergekit wall_ratio wall_ours wall_mergekit "
