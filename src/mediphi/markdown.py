@@ -13,9 +13,10 @@ USE = (
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; a `|` in a cell is escaped, as it would end the cell."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines) + "\n"
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def terms(licence: Licence) -> str:

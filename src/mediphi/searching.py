@@ -6,8 +6,8 @@ comes the manifest. Every step looks there first.
 
 import json
 import math
-import re
 import time
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mediphi.config import run_dir, run_name
 from mediphi.config.merging import Merge
 from mediphi.config.methods import METHODS, Parameter
 from mediphi.config.schema import Config
+from mediphi.config.search_rules import moved_parameters
 from mediphi.config.stages import SearchStage
 from mediphi.config.validation import Validation
 from mediphi.data.validation_cache import known_sets
@@ -37,6 +38,8 @@ from mediphi.merge.search import (
 )
 from mediphi.merge.search.genomes import merge_of
 from mediphi.merge.search.page import write_search_page
+from mediphi.merge.search.settings import make_strategy
+from mediphi.merge.search.strategies import grid_axes
 from mediphi.merge_card import Table
 from mediphi.merging import (
     Published,
@@ -68,7 +71,10 @@ def search_merge(config: Config) -> RunResult:
     stage, merge, validation = _sections(config)
     silence_lightning()
     engine.limit_threads(config.hardware)
-    sources, space = find_sources(merge), _space(stage, merge)
+    space = _space(stage, merge)
+    settings = _settings(config, space)
+    make_strategy(space, settings)  # refuses what does not fit before anything is read
+    sources = find_sources(merge)
     open_parents(job_of(config, merge, sources))  # refuses before texts are read and runs logged
     if stage.layer_groups > (most := num_layers_of(sources)):
         raise UserError(f"stage.layer_groups={stage.layer_groups}: the models have {most} layers")
@@ -83,7 +89,8 @@ def search_merge(config: Config) -> RunResult:
     check_data(run_dir(config), fingerprint, parents=inputs_of(merge, sources))
     print(f"run         {run_dir(config)}")
     _tell(space, sets, stage)
-    found = _found(config, space, sources, sets, fingerprint)
+    settings = replace(settings, identity=_identity(config, sources, fingerprint))
+    found = _found(config, space, sources, sets, settings)
     winner = merge_of(merge, space, found.winner.genome, num_layers=num_layers_of(sources))
     text = recipe_text(winner, sources)
     facts = write_merge(config, winner, sources, text=text)
@@ -112,12 +119,11 @@ def _sections(config: Config) -> tuple[SearchStage, Merge, Validation]:
 
 def _space(stage: SearchStage, merge: Merge) -> Space:
     assert merge.method is not None
-    known = METHODS[merge.method].parameters
-    gridded = [re.split("[/@]", name)[0] for name in stage.grid]
-    moved = stage.searched or gridded or [own.name for own in known if own.searched]
+    method = METHODS[merge.method]
+    moved = moved_parameters(stage, method)
     options = SpaceOptions(
-        searched=moved,
-        fixed={own.name: _stand_in(own, merge) for own in known if own.name not in moved},
+        searched=[own.name for own in moved],
+        fixed={own.name: _stand_in(own, merge) for own in method.parameters if own not in moved},
         bounds=stage.bounds,
         shared=stage.one_for_all,
         start=_start(merge),
@@ -157,14 +163,19 @@ def _tell(space: Space, sets: list[ValidationSet], stage: SearchStage) -> None:
 
 
 def _evaluations(stage: SearchStage, space: Space) -> int:
-    """At most; a grid has no more than its combinations, one axis for every coordinate; a greedy
-    soup tries every model alone, and then all but the first once more."""
+    """At most; a grid has as many as combinations; a greedy soup tries every model alone, and then
+    all but the first once more."""
     if stage.strategy == "greedy":
         return min(stage.evaluations, 2 * len(space.models) - 1)
     if stage.strategy != "grid":
         return stage.evaluations
-    axes = (stage.grid.get(c.name, stage.grid.get(c.parameter, ())) for c in space.coordinates)
-    return min(stage.evaluations, math.prod(map(len, axes)))
+    size = math.prod(map(len, grid_axes(space, stage.grid)))
+    if size > stage.evaluations:
+        raise UserError(
+            f"stage.evaluations={stage.evaluations}: the grid has {size:,} combinations; allowed: "
+            f"{size} or more, or fewer values in stage.grid"
+        )
+    return size
 
 
 def _identity(config: Config, sources: Sources, fingerprint: str) -> str:
@@ -175,16 +186,10 @@ def _identity(config: Config, sources: Sources, fingerprint: str) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _found(
-    config: Config,
-    space: Space,
-    sources: Sources,
-    sets: list[ValidationSet],
-    fingerprint: str,
-) -> SearchResult:
-    """The search itself, logged as it goes."""
+def _settings(config: Config, space: Space) -> SearchSettings:
+    """Without the identity, for which files have to be read."""
     stage, _, _ = _sections(config)
-    settings = SearchSettings(
+    return SearchSettings(
         strategy=stage.strategy,
         seed=config.seed,
         sigma=stage.sigma,
@@ -193,8 +198,17 @@ def _found(
         minutes=stage.minutes,
         grid=stage.grid,
         risk=stage.early_stop_risk if stage.early_stop else None,
-        identity=_identity(config, sources, fingerprint),
     )
+
+
+def _found(
+    config: Config,
+    space: Space,
+    sources: Sources,
+    sets: list[ValidationSet],
+    settings: SearchSettings,
+) -> SearchResult:
+    """The search itself, logged as it goes."""
     folder = run_dir(config)
     loggers = tracking.make_loggers(
         config.logger,
@@ -285,12 +299,13 @@ def _worth(found: SearchResult) -> Table:
     ]
     assert found.winner.fitness is not None
     rows.append(("search part, which chose it", _percent(found.winner.fitness)))
-    if found.corrected is not None:
-        lost = 100 * (found.winner.fitness - found.corrected.mean)
+    if found.corrected is not None and found.correction is not None:
         rows += [
             ("search part, corrected for the choice", _interval(found.corrected)),
-            ("correction", f"{-lost:+.1f} points"),
+            ("correction", f"{100 * found.correction:+.1f} points"),
         ]
+    elif not found.count("stopped"):
+        rows.append(("no corrected score: it needs two questions or more of every set", "-"))
     if found.holdout is not None and found.gap is not None:
         rows += [
             ("hold-out part, which chose nothing", _interval(found.holdout)),

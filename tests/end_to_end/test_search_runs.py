@@ -14,6 +14,7 @@ import pytest
 import yaml
 from end_to_end.test_run import composed
 from end_to_end.tiny_merge import (
+    QUIET,
     Finished,
     Models,
     asking,
@@ -316,6 +317,45 @@ def test_a_test_split_is_refused(
     assert not near.runs.exists()
 
 
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (["merge.parameters.weight=[0.1,0.9]"], "merge.parameters.weight=[0.1, 0.9]: weight is se"),
+        (["merge.parameters.weight=5"], "merge.parameters.weight=5: the search begins here: give"),
+        (
+            ["stage.strategy=grid", "stage.grid.weight=[0.1,0.2,0.3,0.4]"],
+            "stage.evaluations=14: the grid has 16 combinations; allowed: 16 or more",
+        ),
+        (
+            ["stage.strategy=grid", "stage.grid.weight=[0.33333,0.00001]"],
+            "grid value weight/a=0.33333 must have at most 4 decimals, such as 0.3333",
+        ),
+    ],
+)
+def test_what_a_search_would_not_do_as_told_is_refused_before_anything_is_read(
+    own: list[str], told: str, checks: bool, near: Place, questions: Path, tmp_path: Path
+) -> None:
+    """There are no models."""
+    places = [f"merge.models.{name}.path={tmp_path / name}" for name in "ab"]
+    command = ["stage=search", "merge=ties", *places, *asking(questions), *own]
+    ended = near.run(*command, f"check_only={checks}".lower())
+    assert ended.code == 2, ended
+    [*_, line] = ended.err.splitlines()
+    assert told in line and len(ended.err.splitlines()) <= 2
+    assert not near.runs.exists() and not near.cache.exists()
+
+
+def test_values_that_are_equal_do_not_make_a_grid_larger(
+    near: Place, models: Models, questions: Path
+) -> None:
+    grid = ["stage.strategy=grid", "stage.grid.t=[0.1,0.10,0.25]", "stage.evaluations=2"]
+    command = ["stage=search", "merge=slerp", *models.of("b"), *asking(questions)[:2], *QUIET]
+    run = run_of(near, [*command, *grid])
+    assert "search      grid, 1 coordinates, 2 candidates\n" in run.ended.out
+    assert [one["genome"] for one in ledger(run.run_dir)[1:]] == [{"t": 0.1}, {"t": 0.25}]
+
+
 def test_another_budget_under_the_same_name_is_refused(
     near: Place, models: Models, questions: Path
 ) -> None:
@@ -365,7 +405,8 @@ def test_candidates_that_all_fail_are_one_line(
     """Finite weights, and answers that are not."""
     theirs = plain(models, tmp_path)
     change_tensors(theirs.a, lambda own: own["model.norm.weight"].fill_(3e38))
-    command = theirs.search(questions, f"merge.base={theirs.base}", "stage.bounds.weight=[0.5,1]")
+    large = ["stage.bounds.weight=[0.5,1]", "merge.parameters.weight=0.5"]
+    command = theirs.search(questions, f"merge.base={theirs.base}", *large)
     ended = near.run(*command)
     assert ended.code == 2
     assert "not finite" in one_line(ended)

@@ -4,7 +4,6 @@ Who owns a number: `stage` what changes the *result*, `hardware` what changes on
 memory*. Accumulation is derived from both and must come out whole.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -12,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mediphi.config.corpus import Corpus, RecordKind, RowSource
 from mediphi.config.merging import Merge
-from mediphi.config.methods import METHODS
+from mediphi.config.search_rules import broken_search
 from mediphi.config.slurm import Slurm
 from mediphi.config.stages import (
     TRAINING_KINDS,
@@ -207,7 +206,7 @@ class Config(Strict):
             useless = "merges nothing; stage=merge and stage=search do"
             yield BrokenRule("merge", f"stage={self.stage.kind} {needed if merges else useless}")
         elif isinstance(self.stage, SearchStage) and self.merge is not None:
-            yield from _broken_search(self.stage, self.merge)
+            yield from broken_search(self.stage, self.merge)
         searches = self.stage.kind == "search"
         if searches != (self.validation is not None):
             needed = "needs questions: validation=search, codes or files"
@@ -267,42 +266,3 @@ class Config(Strict):
     @property
     def world_size(self) -> int:
         return self.hardware.devices * self.hardware.num_nodes
-
-
-def _broken_search(stage: SearchStage, merge: Merge) -> Iterator[BrokenRule]:
-    """What a search asks of its merge, and of the names that it searches."""
-    if merge.method not in METHODS or merge.backend != "mediphi":
-        yield BrokenRule("merge.method", f"a search knows {', '.join(METHODS)}, by our own backend")
-        return
-    method = METHODS[merge.method]
-    numbers = [own.name for own in method.parameters if not own.is_switch]
-    searchable = [own.name for own in method.parameters if own.searched]
-    if not searchable:
-        yield BrokenRule("merge.method", f"{method.name} has nothing to search")
-    told = f"{method.name} has {', '.join(numbers)}"
-    lists = {
-        "searched": stage.searched or (),
-        "bounds": stage.bounds,
-        "grid": stage.grid,
-        "one_for_all": stage.one_for_all,
-    }
-    for key, names in lists.items():
-        for name in names:
-            parameter = re.split("[/@]", name)[0] if key == "grid" else name
-            if parameter not in numbers:
-                at = f"{key}.{name}" if isinstance(names, dict) else key
-                yield BrokenRule(f"stage.{at}", f"unknown parameter {name}; {told}")
-    for name, (low, high) in stage.bounds.items():
-        if name in numbers and not method.parameter(name).low <= low < high <= (
-            most := method.parameter(name).high
-        ):
-            least = method.parameter(name).low
-            yield BrokenRule(
-                f"stage.bounds.{name}", f"must be [low, high] within {least:g} and {most:g}"
-            )
-    if stage.strategy == "grid" and not stage.grid:
-        yield BrokenRule("stage.grid", "strategy=grid needs values: stage.grid.t=[0.1,0.25,0.5]")
-    if stage.strategy == "greedy" and method.name != "linear":
-        yield BrokenRule("stage.strategy", "greedy makes a soup: merge=linear")
-    if stage.strategy != "grid" and stage.grid:
-        yield BrokenRule("stage.grid", f"strategy={stage.strategy} has none; grid has")

@@ -38,7 +38,10 @@ def test_the_winner_its_scores_and_the_counts_are_there(
     assert result.holdout is not None
     for score in (result.winner.fitness, result.corrected.mean, result.holdout.mean):
         assert f"|{score:.4f}|" in text
-    assert f"{result.gap:+.4f}" in text
+    assert result.gap is not None and result.correction is not None
+    assert f"gap: search less hold-out|{100 * result.gap:+.1f} points|" in text.replace("||", "|")
+    told = f"correction: corrected less search|{100 * result.correction:+.1f} points|"
+    assert told in text.replace("||", "|")
     for value in result.winner.genome.values():
         assert f"|{value:g}|" in text
     assert page.count("<svg ") == 2
@@ -78,6 +81,31 @@ def test_a_search_without_holdout_items_or_failures_has_a_page_too(
     assert "corrected for the choice" not in page
     assert "by validation set" not in page
     assert ("layer group" in page) == (num_layer_groups > 1)
+
+
+def test_layer_groups_are_named_as_in_the_ledger(tmp_path: Path) -> None:
+    """On the chart, below it and in the table."""
+    space = Space("task_arithmetic", ("a", "b"), SpaceOptions(num_layer_groups=2))
+    page = write(tmp_path, toy_search(tmp_path / "s.jsonl", space=space), space)
+    chart = unescape(page[page.index("The winner's parameters".replace("'", "&#x27;")) :])
+    labels = re.findall(r">((?:a|b|all)\W?\d)<", chart)
+    assert labels == ["a@0", "a@1", "b@0", "b@1", "all@0", "all@1"]
+    assert "the number behind the @ is the layer group, 0 next to the input" in chart
+    assert all(f">{name}<" in chart for name in space.names)
+
+
+def test_a_set_with_one_item_leaves_no_corrected_score_and_the_page_says_why(
+    tmp_path: Path,
+) -> None:
+    found = toy_search(
+        tmp_path / "s.jsonl",
+        fitness=lambda genome, hopeless: Evaluation(0.75, items={"a": (True, False), "b": (True,)}),
+        settings=SearchSettings(num_evaluations=2),
+    )
+    assert found.corrected is None
+    page = write(tmp_path, found)
+    assert "it needs two questions or more of every validation set" in page
+    assert "correction: " not in page
 
 
 def test_a_search_of_one_candidate_has_a_page_too(tmp_path: Path) -> None:

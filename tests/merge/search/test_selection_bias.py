@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mediphi.merge.search.evaluation import Items, accuracy
 from mediphi.merge.search.selection_bias import corrected_score, score_interval
@@ -63,7 +65,53 @@ def test_without_items_there_is_no_corrected_score() -> None:
     assert corrected_score([], seed=0) is None
     assert corrected_score([{}], seed=0) is None
     assert corrected_score([{"a": [True]}], seed=0) is None
-    assert corrected_score([{"a": [True], "b": [True, True]}], seed=0) == (1.0, 1.0, 1.0)
+    assert corrected_score([{"a": [True, False] * 20, "b": [True]}], seed=0) is None
+    assert corrected_score([{"a": [True, False], "b": [True, True]}], seed=0) is not None
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=6), min_size=1, max_size=12))
+def test_one_candidate_needs_no_correction_on_tiny_sets_either(sets: list[list[bool]]) -> None:
+    """Five standard deviations of a mean of a thousand."""
+    items = {str(number): of_set for number, of_set in enumerate(sets)}
+    estimate = corrected_score([items], seed=0)
+    assert estimate is not None
+    spread = (sum(np.var(of_set) for of_set in sets) / 1000) ** 0.5 / len(sets)
+    assert abs(estimate.mean - accuracy(items)) <= 5 * spread + 1e-6
+
+
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=4), st.integers(2, 4), st.integers(0, 99))
+def test_tiny_sets_are_chosen_on_and_scored_on_as_by_hand(
+    sizes: list[int], num: int, seed: int
+) -> None:
+    """Against a loop over lists, which draws until something is left of every set."""
+    random = np.random.default_rng(seed)
+    own = [
+        {str(n): (random.random(size) < 0.5).tolist() for n, size in enumerate(sizes)}
+        for _ in range(num)
+    ]
+    drawn_scores = []
+    for _ in range(600):
+        drawn = {name: _drawn(random, len(of_set)) for name, of_set in own[0].items()}
+        chosen = max(own, key=lambda one: accuracy(_taken(one, drawn)))
+        left = {
+            n: [i for i in range(len(own[0][n])) if i not in places] for n, places in drawn.items()
+        }
+        drawn_scores.append(accuracy(_taken(chosen, left)))
+    estimate = corrected_score(own, seed=0)
+    assert estimate is not None
+    spread = np.std(drawn_scores) * (1 / 600 + 1 / 1000) ** 0.5
+    assert abs(estimate.mean - np.mean(drawn_scores)) <= 5 * spread + 0.01
+
+
+def _drawn(random: np.random.Generator, size: int) -> list[int]:
+    while True:
+        places = random.integers(0, size, size).tolist()
+        if len(set(places)) < size:
+            return places
+
+
+def _taken(items: Items, places: dict[str, list[int]]) -> Items:
+    return {name: [items[name][place] for place in own] for name, own in places.items()}
 
 
 def test_the_interval_is_that_of_an_independent_bootstrap() -> None:

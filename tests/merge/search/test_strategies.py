@@ -20,6 +20,7 @@ from mediphi.merge.search import (
     Space,
     SpaceOptions,
 )
+from mediphi.merge.search.strategies import grid_axes
 
 SPACE = Space("breadcrumbs", ("a", "b"), SpaceOptions(digits=8))
 
@@ -151,6 +152,21 @@ def test_a_grid_is_all_combinations(tmp_path: Path) -> None:
     assert [tuple(record.genome.values()) for record in result.records] == list(expected)
 
 
+def test_equal_values_of_a_grid_are_one(tmp_path: Path) -> None:
+    space = Space("slerp", ("medcode",), SpaceOptions(bounds={"t": (-0.0, 0.12345)}))
+    grid = {"t": (0.1, 0.10, 0.0, -0.0, 0.12345)}
+    result = toy_search(
+        tmp_path / "s.jsonl",
+        space=space,
+        fitness=lambda genome, hopeless: Evaluation(genome["t"]),
+        settings=SearchSettings(strategy="grid", grid=grid),
+        holdout=None,
+    )
+    assert grid_axes(space, grid) == [(0.1, 0.0, 0.12345)]
+    assert [record.genome["t"] for record in result.records] == [0.1, 0.0, 0.12345]
+    assert result.num_repeated == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -161,8 +177,19 @@ def test_a_grid_is_all_combinations(tmp_path: Path) -> None:
             "grid has values for t; the search moves weight/a, weight/b, lambda",
         ),
         (
-            {"strategy": "grid", "grid": {"weight": (0.5,) * 1000, "lambda": (1,)}},
+            {
+                "strategy": "grid",
+                "grid": {"weight": [n / 1000 for n in range(1000)], "lambda": (1,)},
+            },
             "the grid has 1,000,000 combinations; at most 100,000",
+        ),
+        (
+            {"strategy": "grid", "grid": {"weight": (0.5, 0.33333), "lambda": (1,)}},
+            "grid value weight/a=0.33333 must have at most 4 decimals, such as 0.3333",
+        ),
+        (
+            {"strategy": "grid", "grid": {"weight/a": (0.00001,), "weight": (1,), "lambda": (1,)}},
+            "grid value weight/a=1e-05 must have at most 4 decimals, such as 0.0",
         ),
         ({"grid": {"weight": (0.1,)}}, "a grid was given and strategy=cmaes"),
         ({"population": 3}, "population=3 is too small; it must be at least 4"),

@@ -36,9 +36,10 @@ CORRECTED = (
     "The corrected score is what a winner chosen so can expect on new items: candidates are chosen "
     "on items drawn with replacement and scored on those not drawn (Tsamardinos et al. 2018)."
 )
-NOT_CORRECTED = (
+GIVEN_UP = (
     "There is no corrected score: it needs all answers of every candidate, and some were given up."
 )
+TOO_SMALL = "There is no corrected score: it needs two questions or more of every validation set."
 
 
 def write_search_page(
@@ -192,7 +193,7 @@ def _panel(axes: Axes, coordinates: Sequence[Coordinate], genome: Mapping[str, f
 
 def _label(own: Coordinate) -> str:
     model = own.model or "all"
-    return model if own.group is None else f"{model} {own.group + 1}"
+    return model if own.group is None else f"{model}@{own.group}"
 
 
 def _panels(space: Space) -> dict[str, list[Coordinate]]:
@@ -216,7 +217,7 @@ def _genome_size(space: Space) -> tuple[float, float]:
 
 
 def _genome_text(space: Space) -> str:
-    groups = "; the number behind a name is the layer group, 1 next to the input"
+    groups = "; the number behind the @ is the layer group, 0 next to the input"
     return (
         "Parameters of the winner, each axis as wide as the bounds of the search; the dotted line "
         f"is where the search began{groups if space.options.num_layer_groups > 1 else ''}."
@@ -238,7 +239,8 @@ def _facts(space: Space, result: SearchResult) -> dict[str, object]:
 
 
 def _explanation(result: SearchResult) -> str:
-    return EXPLANATION.format(NOT_CORRECTED if result.count("stopped") else CORRECTED)
+    missing = GIVEN_UP if result.count("stopped") else TOO_SMALL
+    return EXPLANATION.format(missing if result.corrected is None else CORRECTED)
 
 
 def _scores(result: SearchResult) -> Table:
@@ -247,10 +249,12 @@ def _scores(result: SearchResult) -> Table:
     ]
     if result.corrected is not None:
         rows.append(("corrected for the choice", *_with_interval(result.corrected)))
+    if result.correction is not None:
+        rows.append(("correction: corrected less search", _points(result.correction), ""))
     if result.holdout is not None:
         rows.append(("on the hold-out split", *_with_interval(result.holdout)))
     if result.gap is not None:
-        rows.append(("gap: search less hold-out", f"{result.gap:+.4f}", ""))
+        rows.append(("gap: search less hold-out", _points(result.gap), ""))
     return Table("The winner's score", ("score", "mean", "interval"), rows)
 
 
@@ -287,6 +291,10 @@ def _top(space: Space, result: SearchResult) -> Table:
 
 def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
 
 
 def _with_interval(estimate: Estimate) -> tuple[str, str]:

@@ -18,8 +18,8 @@ class SearchResult(NamedTuple):
         num_repeated: candidates asked for again and told from the ledger.
         ended: budget: it is spent; exhausted: there was nothing new to try.
         corrected: score on new items to expect of a winner chosen so, from the search split alone;
-            None without items, and where candidates were given up, as it needs every item of each.
-            See `corrected_score`.
+            None without items, where candidates were given up, as it needs every item of each, and
+            where a set has a single item. See `corrected_score`.
         holdout: the winner's score on the hold-out split, which chose nothing; None without one.
     """
 
@@ -36,6 +36,13 @@ class SearchResult(NamedTuple):
         if self.winner.fitness is None or self.holdout is None:
             return None
         return self.winner.fitness - self.holdout.mean
+
+    @property
+    def correction(self) -> float | None:
+        """What the corrected score adds to the winner's on the search split; mostly below 0."""
+        if self.winner.fitness is None or self.corrected is None:
+            return None
+        return self.corrected.mean - self.winner.fitness
 
     @property
     def seconds(self) -> float:

@@ -31,7 +31,8 @@ def corrected_score(
     items of each set are drawn with replacement, the best candidate on those drawn is chosen, and
     scored on those not drawn. The mean over resamples is the estimate, their percentiles the
     interval. It is a little low where one candidate is truly the best, as a resample holds 63 % of
-    the items, and its interval is wide, as 37 % are left to score on.
+    the items, and its interval is wide, as 37 % are left to score on. A set that was drawn whole,
+    as tiny ones are, is drawn again: each resample is scored on all sets, as the score itself is.
 
     It corrects the choice among these candidates. That later candidates were proposed because of
     earlier scores on the same items it does not see: the hold-out split does.
@@ -41,24 +42,21 @@ def corrected_score(
         seed: of the draws.
 
     Returns:
-        None where there is no set with two items, or no candidate.
+        None where there is no candidate or no set, and where a set has a single item, of which none
+        can be left out.
     """
-    if not candidates:
-        return None
-    sets = [name for name, of_set in candidates[0].items() if len(of_set) > 1]
-    if not sets:
+    sizes = [len(of_set) for of_set in candidates[0].values()] if candidates else []
+    if min(sizes, default=0) < 2:
         return None
     right = np.concatenate(
-        [np.array([own[name] for own in candidates], np.float32) for name in sets], axis=1
+        [np.array([own[name] for own in candidates], np.float32) for name in candidates[0]], axis=1
     )
-    sizes = [len(candidates[0][name]) for name in sets]
     scores: list[float] = []
-    for counts in _resamples(sizes, seed=seed, num_resamples=num_resamples):
+    for counts in _resamples(sizes, seed=seed, num_resamples=num_resamples, leave_some=True):
         best = np.argmax(_set_means(counts, sizes) @ right.T, axis=1)
         left_out = _set_means((counts == 0).astype(np.float32), sizes)
-        some = left_out.any(axis=1)  # tiny sets may be drawn whole
-        scores += np.einsum("bi,bi->b", left_out[some], right[best[some]]).tolist()
-    return _estimate(float(np.mean(scores)), scores) if scores else None
+        scores += np.einsum("bi,bi->b", left_out, right[best]).tolist()
+    return _estimate(float(np.mean(scores)), scores)
 
 
 def score_interval(items: Items, *, seed: int, num_resamples: int = 2000) -> Estimate:
@@ -77,29 +75,39 @@ def score_interval(items: Items, *, seed: int, num_resamples: int = 2000) -> Est
 
 
 def _resamples(
-    sizes: Sequence[int], *, seed: int, num_resamples: int
+    sizes: Sequence[int], *, seed: int, num_resamples: int, leave_some: bool = False
 ) -> Iterator[NDArray[np.float32]]:
-    """How often each item is drawn, `[resamples of this chunk, items]`."""
+    """How often each item is drawn, `[resamples of this chunk, items]`.
+
+    With `leave_some` a set of two items or more is never drawn whole.
+    """
     random = np.random.default_rng(seed)
     for first in range(0, num_resamples, CHUNK):
         num = min(CHUNK, num_resamples - first)
-        drawn = [random.multinomial(size, np.full(size, 1 / size), num) for size in sizes]
+        drawn = [_draws(random, size, num, leave_some=leave_some) for size in sizes]
         yield np.concatenate(drawn, axis=1).astype(np.float32)
+
+
+def _draws(
+    random: np.random.Generator, size: int, num: int, *, leave_some: bool
+) -> NDArray[np.int64]:
+    """How often each item of a set is drawn, `[num, size]`."""
+    chances = np.full(size, 1 / size)
+    drawn = random.multinomial(size, chances, num)
+    while leave_some and (whole := drawn.all(axis=1)).any():  # half of them at most
+        drawn[whole] = random.multinomial(size, chances, int(whole.sum()))
+    return drawn
 
 
 def _set_means(counts: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
     """Weights of the items `[resamples, items]`: times right or wrong, the mean over the sets.
 
-    Sets of which a resample has no item are left out.
+    Every set has an item in every resample.
     """
-    ends = np.cumsum(sizes)[:-1]
-    pieces = np.split(counts, ends, axis=1)
-    totals = np.stack([piece.sum(axis=1) for piece in pieces], axis=1)
-    shares = (totals > 0) / np.maximum(1, (totals > 0).sum(axis=1, keepdims=True))
-    weights = shares / np.maximum(1, totals)
-    return np.concatenate(
-        [piece * weights[:, [number]] for number, piece in enumerate(pieces)], axis=1
-    ).astype(np.float32)
+    pieces = np.split(counts, np.cumsum(sizes)[:-1], axis=1)
+    totals = [piece.sum(axis=1, keepdims=True, dtype=np.float64) for piece in pieces]
+    shares = [piece / (len(sizes) * total) for piece, total in zip(pieces, totals, strict=True)]
+    return np.concatenate(shares, axis=1).astype(np.float32)
 
 
 def _estimate(mean: float, scores: Sequence[float]) -> Estimate:

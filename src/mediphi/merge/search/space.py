@@ -45,6 +45,10 @@ class Coordinate:
         of_model = "" if self.model is None else f"/{self.model}"
         return f"{self.parameter}{of_model}" + ("" if self.group is None else f"@{self.group}")
 
+    def rounded(self, value: float, digits: int) -> float:
+        """As it is evaluated: to that many decimals, and within the bounds."""
+        return min(max(round(value, digits), self.low), self.high) + 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class SpaceOptions:
@@ -57,7 +61,8 @@ class SpaceOptions:
         bounds: (low, high) in place of those in the table.
         shared: parameters of each model that get one value for all models.
         start: where to begin, by coordinate without its layer group (`weight/pubmed`, `lambda`);
-            what is not named begins as in mergekit-evolve.
+            what is not named begins as in mergekit-evolve. What lies outside of its bounds begins
+            at the nearest.
         num_layer_groups: 1: one value for all layers; more: a value for each group of consecutive
             layers.
         digits: decimal places of a genome's numbers.
@@ -124,9 +129,7 @@ class Space:
     def rounded(self, genome: Genome) -> dict[str, float]:
         """A genome as it is evaluated and recorded: in order, rounded, within the bounds."""
         return {
-            own.name: min(max(round(genome[own.name], self.options.digits), own.low), own.high)
-            + 0.0
-            for own in self.coordinates
+            own.name: own.rounded(genome[own.name], self.options.digits) for own in self.coordinates
         }
 
     def tensor_values(self, genome: Genome) -> tuple[dict[str, Value], ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mediphi.errors import UserError
-from mediphi.merge.search.space import Space
+from mediphi.merge.search.space import Coordinate, Space
 
 StrategyName = Literal["cmaes", "random", "grid", "greedy"]
 Point = NDArray[np.float64]
@@ -115,24 +115,14 @@ class Grid:
             (`weight`), in the parameter's own unit.
 
     Raises:
-        UserError: a coordinate has no values, or one lies outside its bounds.
+        UserError: a coordinate has no values, or one that lies outside its bounds or has more
+            decimals than a genome.
     """
 
     ties_win = False
 
     def __init__(self, space: Space, values: Mapping[str, Sequence[float]]) -> None:
-        axes = [_axis(own.name, own.parameter, values) for own in space.coordinates]
-        known = {name for own in space.coordinates for name in (own.name, own.parameter)}
-        if unknown := [name for name in values if name not in known]:
-            raise UserError(
-                f"grid has values for {unknown[0]}; the search moves {', '.join(space.names)}"
-            )
-        for own, axis in zip(space.coordinates, axes, strict=True):
-            if outside := [value for value in axis if not own.low <= value <= own.high]:
-                raise UserError(
-                    f"grid value {own.name}={outside[0]:g} lies outside its bounds "
-                    f"[{own.low:g}, {own.high:g}]"
-                )
+        axes = grid_axes(space, values)
         if (size := math.prod(map(len, axes))) > LARGEST_GRID:
             raise UserError(f"the grid has {size:,} combinations; at most {LARGEST_GRID:,}")
         self._points = [
@@ -193,8 +183,32 @@ class GreedySoup:
         return self._space.encode(dict(zip(self._space.names, chosen, strict=True)))
 
 
-def _axis(name: str, parameter: str, values: Mapping[str, Sequence[float]]) -> Sequence[float]:
-    axis = values.get(name, values.get(parameter, ()))
+def grid_axes(space: Space, values: Mapping[str, Sequence[float]]) -> list[Sequence[float]]:
+    """Each coordinate's values, equal ones once; raises what `Grid` raises."""
+    known = {name for own in space.coordinates for name in (own.name, own.parameter)}
+    if unknown := [name for name in values if name not in known]:
+        raise UserError(
+            f"grid has values for {unknown[0]}; the search moves {', '.join(space.names)}"
+        )
+    return [_axis(own, values, digits=space.options.digits) for own in space.coordinates]
+
+
+def _axis(
+    own: Coordinate, values: Mapping[str, Sequence[float]], *, digits: int
+) -> Sequence[float]:
+    axis = values.get(own.name, values.get(own.parameter, ()))
     if not axis:
-        raise UserError(f"grid has no values for {name}; give some for {name} or {parameter}")
-    return axis
+        raise UserError(
+            f"grid has no values for {own.name}; give some for {own.name} or {own.parameter}"
+        )
+    for value in axis:
+        if not own.low <= value <= own.high:
+            raise UserError(
+                f"grid value {own.name}={value:g} lies outside its bounds "
+                f"[{own.low:g}, {own.high:g}]"
+            )
+        if (near := own.rounded(value, digits)) != value:
+            raise UserError(
+                f"grid value {own.name}={value} must have at most {digits} decimals, such as {near}"
+            )
+    return tuple(dict.fromkeys(axis))
