@@ -54,19 +54,37 @@ def find_sources(merge: Merge, *, verify: bool = True) -> Sources:
         verify: hash every file; without it the manifests' word is taken.
 
     Raises:
-        UserError: a folder or a base is missing, or an artifact is damaged.
+        UserError: a folder or a base is missing, or stands there twice; or an artifact is damaged.
     """
     models = {
-        name: model_folder(model.path, key=f"merge.models.{name}.path")
+        name: model_folder(model.path, key=f"merge.models.{name}.path").resolve()
         for name, model in merge.models.items()
     }
     method = METHODS.get(merge.method or "")
     base = None
     if merge.base is not None:
-        base = model_folder(merge.base, key="merge.base")
+        base = model_folder(merge.base, key="merge.base").resolve()
     elif method is not None and method.base == "required":
-        base = _common_base(merge)
+        base = _common_base(merge).resolve()
+    takes_base = method is None or method.base != "none"
+    _check_distinct(base if takes_base else None, models)
     return sources_of(base, models, verify=verify)
+
+
+def _check_distinct(base: Path | None, models: Mapping[str, Path]) -> None:
+    """A recipe names models by their folders alone.
+
+    Raises:
+        UserError: one folder has two names.
+    """
+    names: dict[Path, str] = {}
+    for name, folder in models.items():
+        if folder == base:
+            raise UserError(f"merge: model {name} is the base itself, {folder}: leave it out")
+        other = names.setdefault(folder, name)
+        if other != name:
+            why = f"models {other} and {name} are one folder, {folder}: leave one out"
+            raise UserError(f"merge: {why}")
 
 
 def told_sources(told: Merge) -> Sources:
@@ -95,8 +113,7 @@ def mergekits_sources(text: str, *, verify: bool = True) -> Sources:
 
     base, folders = folders_in(text)
     models = {
-        short: model_folder(folder, key="model")
-        for short, folder in zip(short_names(folders).values(), folders, strict=True)
+        short: model_folder(folder, key="model") for folder, short in short_names(folders).items()
     }
     root = None if base is None else model_folder(base, key="base_model")
     return sources_of(root, models, verify=verify)

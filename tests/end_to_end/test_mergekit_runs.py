@@ -1,5 +1,6 @@
 """Merges with mergekit's YAML and by mergekit: types, layers, keys that are refused, full disks."""
 
+import os
 import resource
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from end_to_end.tiny_merge import Models, looks_like_a_model, plain, run_of, write_models
+from end_to_end.tiny_merge import Models, looks_like_a_model, plain, run_of, same, write_models
 from end_to_end.tiny_merge import tensors as tensors_of_run
 from end_to_end.tiny_run import Place, one_line, weights
 from small_checkpoints import Tensors, change_json, change_tensors
@@ -127,6 +128,69 @@ def test_layers_that_are_all_layers_are_the_same_by_all(near: Place, models: Mod
     theirs, merged = tensors_of_run(near.runs / "merge" / "mergekit"), tensors_of_run(ours)
     for name, tensor in merged.items():  # 0.1 and 0.3 are farther apart than roundings
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
+
+
+# --- defaults, switches, folders ------------------------------------------------------------------
+
+
+def test_a_density_of_some_tensors_is_the_same_by_all(near: Place, models: Models) -> None:
+    """Of the others it is ours, which is not mergekit's."""
+    command = models.crumbs("merge.parameters.density=[{filter:mlp,layers:[0,1],value:0.3}]")
+    ours = run_of(near, command).run_dir
+    assert near.run(*command, BY_MERGEKIT, "name=mergekit").code == 0
+    assert same(tensors_of_run(near.runs / "merge" / "mergekit"), tensors_of_run(ours))
+    recipe = ours / "merge.yml"
+    assert near.run(*FILE, f"merge.config={recipe}", "name=again").code == 0
+    assert weights(near.runs / "merge" / "again") == weights(ours)
+    assert (near.runs / "merge" / "again" / "merge.yml").read_text() == recipe.read_text()
+    stated = models.crumbs("merge.parameters.density=[{filter:mlp,value:0.3},{value:0.9}]")
+    assert near.run(*stated, "name=stated").code == 0
+    assert weights(near.runs / "merge" / "stated") == weights(ours)
+
+
+@pytest.mark.parametrize(("told", "meant"), [("0", "false"), ("[1,0]", "true")])
+def test_a_switch_may_be_told_as_a_number(
+    told: str, meant: str, near: Place, models: Models
+) -> None:
+    """The models have one layer: it gets the last of a list, and all else the first."""
+
+    def merged(value: str, name: str, *more: str) -> Tensors:
+        values = [f"merge.parameters.normalize={value}", "merge.parameters.weight=0.7"]
+        assert near.run(*models.crumbs(*values, f"name={name}", *more)).code == 0
+        return tensors_of_run(near.runs / "merge" / name)
+
+    number, word = merged(told, "number"), merged(meant, "word")
+    alike = [name for name in number if torch.equal(number[name], word[name])]
+    outside = [name for name in number if "layers." not in name]
+    assert alike == (outside if told == "[1,0]" else list(number))
+    assert same(number, merged(told, "mergekit", BY_MERGEKIT))
+
+
+def test_a_recipe_does_not_depend_on_the_working_directory(near: Place, models: Models) -> None:
+    near.cwd.mkdir(parents=True, exist_ok=True)
+    (near.cwd / "expert").symlink_to(models.a / "model")
+    base = os.path.relpath(models.base, near.cwd)
+    command = ["stage=merge", "merge=slerp", "merge.models.a.path=expert", f"merge.base={base}"]
+    ours = run_of(near, [*command, "merge.parameters.t=0.25"]).run_dir
+    recipe = yaml.safe_load((ours / "merge.yml").read_text())
+    assert recipe["base_model"] == str(models.base / "model")
+    assert [own["model"] for own in recipe["models"]] == [str(models.a / "model")]
+    assert str(models.a) not in (ours / "README.md").read_text()
+
+
+def test_a_folder_stands_in_a_merge_once(near: Place, models: Models) -> None:
+    near.cwd.mkdir(parents=True, exist_ok=True)
+    (near.cwd / "link").symlink_to(models.a)
+    base = f"merge.base={models.base}"
+    for again, by in ((f"{models.a}/", []), ("link", [BY_MERGEKIT])):
+        said = one_line(near.run(*models.crumbs(base, f"merge.models.b.path={again}", *by)))
+        assert said.endswith(f"models a and b are one folder, {models.a}/model: leave one out")
+    said = one_line(near.run(*models.crumbs(base, f"merge.models.b.path={models.base}/model")))
+    assert said.endswith(f"model b is the base itself, {models.base}/model: leave it out")
+    assert not near.runs.exists()
+    start = f"merge.models.start.path={models.base}"  # of a method that begins nowhere
+    command = ["stage=merge", "merge=linear", *models.of("a"), start, "merge.parameters.weight=1"]
+    assert near.run(*command).code == 0
 
 
 # --- what is refused, and a full disk -------------------------------------------------------------

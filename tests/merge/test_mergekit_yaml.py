@@ -1,5 +1,6 @@
 """mergekit's YAML: whatever a file holds is a merge or told in lines; what is written is read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from mediphi.config.merging import Merge
 from mediphi.errors import ConfigError
 from mediphi.merge.headers import Header, with_header
 from mediphi.merge.mergekit_writing import write_mergekit
-from mediphi.merge.mergekit_yaml import Recipe, read_mergekit
+from mediphi.merge.mergekit_yaml import Recipe, read_mergekit, short_names
 from mediphi.merge.settings import values_of
+from mediphi.sources import find_sources, mergekits_sources
 
 MALFORMED = {
     "slices: [{parameters: {t: 1}}]": "slices[0].sources must be a list of models",
@@ -33,10 +35,32 @@ MALFORMED = {
     "models: [{model: a}, {model: a}]\nparameters: {t: 1}": "models[1], a model: a is listed twice",
     "models: [{model: 2001-99-99}]": "not a merge: month must be in 1..12",
     "models: " + "[" * 700 + "]" * 700: "nested too deeply",
+    "models: [{model: a, parameters: {t: null}}]": "parameters.t: the value is missing",
+    "models: [{model: a}]\nparameters: {t: [{filter: mlp, value: null}]}": (
+        "parameters.t: the value is missing"
+    ),
+    "slices: [{sources: [{model: a, layer_range: [0, 2]}], base_model: b}]": (
+        "slices[0]: base_model is mergekit's alone: merge.backend=mergekit"
+    ),
+    "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]": (
+        "slices[0]: lacks the base model b, which mergekit refuses, too"
+    ),
+    "slices:\n- sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]\n"
+    "- sources: [{model: b, layer_range: [1, 2]}]": (
+        "slices[1]: has other models than slices[0]: merge.backend=mergekit"
+    ),
+    "models: &x [*x]": "more than 100000 values, its aliases",
+    "models:\n" + "\n".join(f"- &x{n + 1} [{f'*x{n}, ' * 9 * (n > 0)}1]" for n in range(40)): (
+        "more than 100000 values, its aliases"
+    ),
+    "models:\n- &x0 {k0: 1}\n"
+    + "\n".join(f"- &x{n + 1} {{<<: [*x{n}, *x{n}], k{n + 1}: 1}}" for n in range(40)): (
+        "more than 100000 values, its aliases"
+    ),
 }
 
 
-@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:40])
+@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: repr(text[:40]))
 def test_a_malformed_file_is_one_line_that_names_the_place(tmp_path: Path, text: str) -> None:
     path = tmp_path / "merge.yml"
     path.write_text(f"merge_method: slerp\nbase_model: b\n{text}")
@@ -95,20 +119,52 @@ def test_any_tree_is_a_merge_or_told_in_lines(
         assert all(line.startswith(str(path)) and line.isprintable() for line in error.lines)
 
 
-def test_one_folder_under_two_names_is_written_twice() -> None:
-    merge = Merge.model_validate(
-        {
-            "method": "linear",
-            "models": {
-                "a": {"path": "x", "parameters": {"weight": 0.2}},
-                "b": {"path": "x", "parameters": {"weight": 0.3}},
-            },
-        }
+def test_aliases_mean_what_they_stand_for(tmp_path: Path) -> None:
+    path, settings_ = tmp_path / "merge.yml", {"weight": 0.5, "density": [0.1, 0.9]}
+    models = [{"model": "a", "parameters": settings_}, {"model": "b", "parameters": settings_}]
+    body = {"merge_method": "ties", "base_model": "x", "models": models}
+    path.write_text(text := yaml.safe_dump(body))
+    assert "&id001" in text and "*id001" in text
+    aliased = read_mergekit(path)
+    path.write_text(json.dumps(body))
+    assert aliased == read_mergekit(path)
+    assert aliased.merge.models["b"].parameters == {"weight": 0.5, "density": (0.1, 0.9)}
+
+
+paths = st.lists(st.sampled_from(["a", "a_2", "a_2_2", "base", "base_2", "model", "."]), min_size=1)
+
+
+@given(st.lists(paths.map("/".join), unique=True, max_size=12))
+def test_every_folder_has_a_name_of_its_own(folders: list[str]) -> None:
+    names = short_names(folders)
+    assert [*names] == folders and len({*names.values()}) == len(folders)
+    assert "base" not in names.values()
+
+
+def test_no_model_of_a_file_is_lost_where_names_are_alike(tmp_path: Path) -> None:
+    folders = [tmp_path / own for own in ("p/a", "p/a_2", "q/a", "base")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    models = [{"model": str(folder), "parameters": {"weight": 1}} for folder in folders]
+    path = tmp_path / "merge.yml"
+    path.write_text(text := yaml.safe_dump({"merge_method": "linear", "models": models}))
+    read = read_mergekit(path).merge
+    assert {name: own.path for name, own in read.models.items()} == dict(
+        zip(("a", "a_2", "a_3", "base_2"), map(str, folders), strict=True)
     )
-    models = {"a": Path("x"), "b": Path("x")}
-    text = write_mergekit(merge, base=None, models=models, num_layers=2, dtype="float32")
-    entries = yaml.safe_load(text)["models"]
-    assert [own["parameters"]["weight"] for own in entries] == [0.2, 0.3]
+    assert [*find_sources(read).models.values()] == folders
+    assert {*mergekits_sources(text).models.values()} == {*folders}
+
+
+def test_mergekit_adds_a_base_to_models_and_not_to_slices(tmp_path: Path) -> None:
+    """Of a method without one."""
+    head = "merge_method: linear\nbase_model: x\nparameters: {weight: 1}\n"
+    path = tmp_path / "merge.yml"
+    path.write_text(f"{head}models: [{{model: a}}]")
+    assert [*read_mergekit(path).merge.models] == ["a", "x"]
+    path.write_text(f"{head}slices: [{{sources: [{{model: a, layer_range: [0, 2]}}]}}]")
+    assert [*read_mergekit(path).merge.models] == ["a"]
 
 
 def test_a_uniform_soup_is_written_as_a_mean_that_mergekit_knows(tmp_path: Path) -> None:

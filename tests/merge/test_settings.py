@@ -1,5 +1,6 @@
 """A setting's value for a tensor, against mergekit's own resolution of the same YAML."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from pydantic import ValidationError
 from transformers import Phi3Config
 
 from mediphi.config.merging import Merge
+from mediphi.config.methods import METHODS
 from mediphi.errors import ConfigError, DataError, UserError
 from mediphi.merge.mergekit_writing import write_mergekit
 from mediphi.merge.mergekit_yaml import read_mergekit
@@ -247,7 +250,7 @@ WRONG = {
     "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}, "
     "{sources: [{model: a, layer_range: [1, 3]}]}]": "slices[1]: moves layers about",
     "merge_method: linear\ntokenizer_source: union\nmodels: [{model: a}]": "tokenizer_source is",
-    "a: &x 1\nb: *x": "aliases",
+    "a: *x": "found undefined alias",
     "merge_method: [": "expected the node content",
     "- 1": "must be keys with values",
     "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\n"
@@ -277,3 +280,190 @@ def test_breadcrumbs_has_the_density_of_whoever_left_it_out(tmp_path: Path) -> N
         ours, base=Path("b"), models={"a": Path("a")}, num_layers=2, dtype="float32"
     )
     assert yaml.safe_load(text)["parameters"]["density"] == 0.9
+
+
+# --- mergekit's defaults --------------------------------------------------------------------------
+
+
+def test_no_default_but_the_density_of_breadcrumbs_is_not_mergekits() -> None:
+    from mergekit.merge_methods import registered_methods
+
+    specs = {method.spec.name: method.spec for method in registered_methods()}
+    differ, none_of_ours = set(), set()
+    for name in METHODS.keys() & specs.keys():
+        ours = {own.name: own for own in METHODS[name].parameters}
+        for theirs_ in specs[name].parameters:
+            if theirs_.name not in ours:
+                none_of_ours.add((name, theirs_.name))
+                continue
+            own = ours[theirs_.name]
+            assert own.is_switch == (theirs_.value_type is bool)
+            if own.default != (None if theirs_.required else theirs_.default):
+                differ.add((name, own.name))
+    assert differ == {("breadcrumbs", "density"), ("breadcrumbs_ties", "density")}
+    assert {parameter for _, parameter in none_of_ours} == {
+        "eps",
+        "int8_mask",
+        "rescale",
+        "density",
+    }
+    rest = {method for method, parameter in none_of_ours if parameter in ("rescale", "density")}
+    assert rest == {"task_arithmetic"}  # where mergekit makes nothing of them
+
+
+filtered = st.lists(
+    st.fixed_dictionaries({"value": plain, "filter": filters}), min_size=1, max_size=2
+).map(tuple)
+partial = st.one_of(st.none(), plain, filtered)
+
+
+def crumbs_of(density: Any, own: Any) -> Merge:
+    """Of models `a` and `b`; what is None is left out."""
+    return Merge.model_validate(
+        {
+            "method": "breadcrumbs",
+            "base": "x/base",
+            "models": {
+                "a": {"path": "x/a", "parameters": {} if own is None else {"density": own}},
+                "b": {"path": "x/b"},
+            },
+            "parameters": {"weight": 0.5} | ({} if density is None else {"density": density}),
+        }
+    )
+
+
+@given(density=partial, own=partial)
+@settings(max_examples=100, deadline=None)
+def test_a_file_of_mergekits_has_mergekits_density_where_no_entry_fits(
+    folders: dict[str, Path], density: Any, own: Any
+) -> None:
+    models: list[dict[str, Any]] = [{"model": str(folders[name])} for name in ("a", "b")]
+    if own is not None:
+        models[0]["parameters"] = {"density": own}
+    body = {
+        "merge_method": "breadcrumbs",
+        "base_model": str(folders["base"]),
+        "models": models,
+        "parameters": {"weight": 0.5} | ({} if density is None else {"density": density}),
+    }
+    path = folders["base"].parent / "theirs.yml"
+    path.write_text(text := json.dumps(body))
+    ours = values_of(read_mergekit(path).merge, num_layers=NUM_LAYERS)
+    assert_alike(ours, text, folders)
+
+
+def assert_alike(ours: Any, text: str, folders: dict[str, Path]) -> None:
+    """All that mergekit resolves for `a` and `b` from a text is what we do."""
+    with pytest.MonkeyPatch.context() as patch:
+        resolved = theirs(text, folders, patch)
+    for name in NAMES:
+        shared, by_folder = resolved[name]
+        expected = [by_folder[str(folders[model])]["density"] for model in ("a", "b")]
+        assert ours(name)["density"] == pytest.approx(tuple(expected), abs=1e-12)
+        assert ours(name)["normalize"] is shared["normalize"]
+
+
+within = st.tuples(st.integers(0, NUM_LAYERS), st.integers(0, NUM_LAYERS)).filter(
+    lambda two: two[0] < two[1]
+)
+layered_partial = st.lists(
+    st.fixed_dictionaries({"value": plain}, optional={"filter": filters, "layers": within}),
+    min_size=1,
+    max_size=3,
+).map(tuple)
+some_layers = st.just(({"filter": "mlp", "layers": (0, 2), "value": 0.3},))
+
+
+@given(
+    density=st.one_of(some_layers, partial, layered_partial),
+    own=st.one_of(some_layers, partial, layered_partial),
+)
+@settings(max_examples=150, deadline=None)
+def test_our_density_is_written_where_no_entry_fits(
+    folders: dict[str, Path], density: Any, own: Any
+) -> None:
+    merge = crumbs_of(density, own)
+    ours = values_of(merge, num_layers=NUM_LAYERS)
+    text = crumbs_text(merge, folders)
+    assert_alike(ours, text, folders)
+    path = folders["base"].parent / "ours.yml"
+    path.write_text(text)
+    again = read_mergekit(path).merge
+    second = values_of(again, num_layers=NUM_LAYERS)
+    for name in NAMES:
+        assert ours(name)["density"] == pytest.approx(second(name)["density"], abs=1e-12)
+
+
+def crumbs_text(merge: Merge, folders: dict[str, Path]) -> str:
+    return write_mergekit(
+        merge,
+        base=folders["base"],
+        models={name: folders[name] for name in ("a", "b")},
+        num_layers=NUM_LAYERS,
+        dtype="float32",
+    )
+
+
+def test_our_density_is_nine_tenths_and_a_recipe_is_written_alike_twice(
+    folders: dict[str, Path],
+) -> None:
+    merge = crumbs_of(({"filter": "mlp", "layers": (0, 2), "value": 0.3},), None)
+    text = crumbs_text(merge, folders)
+    ours = values_of(merge, num_layers=NUM_LAYERS)
+    assert ours("model.layers.1.mlp.down_proj.weight")["density"] == (0.3, 0.3)
+    assert ours("model.layers.2.mlp.down_proj.weight")["density"] == (0.9, 0.9)
+    slices = yaml.safe_load(text)["slices"]
+    written = [one["parameters"]["density"] for one in slices]
+    assert written == [[{"value": 0.3, "filter": "mlp"}, {"value": 0.9}], 0.9]
+    path = folders["base"].parent / "ours.yml"
+    path.write_text(text)
+    assert crumbs_text(read_mergekit(path).merge, folders) == text
+
+
+# --- switches -------------------------------------------------------------------------------------
+
+bits = st.sampled_from([0, 1, 0.0, 1.0, False, True])
+switches = st.one_of(
+    bits,
+    st.lists(bits, min_size=1, max_size=4),
+    st.lists(
+        st.fixed_dictionaries(
+            {"value": bits | st.lists(bits, min_size=1, max_size=3)}, optional={"filter": filters}
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+
+
+@given(switch=switches)
+@settings(max_examples=100, deadline=None)
+def test_a_switch_may_be_0_or_1_as_in_mergekit(folders: dict[str, Path], switch: Any) -> None:
+    body = {
+        "merge_method": "breadcrumbs_ties",
+        "base_model": str(folders["base"]),
+        "models": [{"model": str(folders[name])} for name in ("a", "b")],
+        "parameters": {"weight": 0.5, "density": 0.5, "normalize": switch},
+    }
+    path = folders["base"].parent / "switch.yml"
+    path.write_text(text := json.dumps(body))
+    merge = read_mergekit(path).merge
+    ours = values_of(merge, num_layers=NUM_LAYERS)
+    assert_alike(ours, text, folders)
+    assert_alike(ours, crumbs_text(merge, folders), folders)
+    assert merge == Merge.model_validate_json(merge.model_dump_json())
+
+
+@pytest.mark.parametrize("wrong", [2, 0.5, -1, "a", [0, 2], [{"value": 2}], [{"filter": "mlp"}]])
+def test_a_switch_is_nothing_else(wrong: Any) -> None:
+    models = {"a": {"path": "a"}}
+    body = {"method": "ties", "models": models, "parameters": {"weight": 1, "normalize": wrong}}
+    with pytest.raises(ValidationError, match="normalize"):
+        Merge.model_validate(body)
+
+
+def test_only_switches_may_be_told_as_such() -> None:
+    for wrong in (True, [True, False]):
+        body = {"method": "ties", "models": {"a": {"path": "a"}}, "parameters": {"weight": wrong}}
+        with pytest.raises(ValidationError, match="weight: must be a number"):
+            Merge.model_validate(body)

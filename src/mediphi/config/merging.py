@@ -1,15 +1,21 @@
 """Schema of a merge: which models, by which method, with which numbers."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, PositiveFloat
+from pydantic import (
+    Field,
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
+    PositiveFloat,
+    model_validator,
+)
 
 from mediphi.config.methods import METHODS, Method, Parameter, Semantics
 from mediphi.config.report import nearest
 from mediphi.config.strict import BrokenRule, Strict
 
-Conditional = dict[str, str | float | bool | tuple[float, ...]]
+Conditional = dict[str, str | float | bool | tuple[bool, ...] | tuple[float, ...]]
 """`value`, a number or a gradient, for tensors whose name contains `filter` and for layers
 `[first, end)` of `layers`; either may be left out."""
 
@@ -23,7 +29,8 @@ def _told_once(union: Any, handler: GetCoreSchemaHandler) -> Any:
 
 
 Setting = Annotated[
-    bool | float | tuple[float, ...] | tuple[Conditional, ...], GetPydanticSchema(_told_once)
+    bool | float | tuple[bool, ...] | tuple[float, ...] | tuple[Conditional, ...],
+    GetPydanticSchema(_told_once),
 ]
 """A number; a gradient, interpolated over the layers; or conditionals, of which the first counts
 that fits. The forms of mergekit's YAML, with `layers` in place of its slices."""
@@ -68,6 +75,15 @@ class Merge(Strict):
     max_shard_gb: PositiveFloat = 5.0
     """Largest file of weights, in 1e9 bytes."""
 
+    @model_validator(mode="after")
+    def _keep_switches(self) -> Self:
+        """A switch that was told as 0 or 1 is false or true from here on."""
+        method = METHODS.get(self.method or "")
+        for parameter in method.parameters if method else ():
+            if parameter.is_switch and parameter.name in self.parameters:
+                self.parameters[parameter.name] = _switched(self.parameters[parameter.name])
+        return self
+
     def broken_rules(self) -> Iterator[BrokenRule]:
         if (self.method is None) == (self.config is None):
             yield BrokenRule("method", "give either a method (merge=slerp) or merge.config=FILE")
@@ -110,6 +126,14 @@ class Merge(Strict):
         for name, model in self.models.items():
             place = f"models.{name}.parameters"
             yield from _broken_settings(method, model.parameters, place, own=True)
+
+
+def _switched(setting: Any) -> Any:
+    if isinstance(setting, LISTS):
+        return tuple(_switched(one) for one in setting)
+    if isinstance(setting, dict):
+        return setting | {"value": _switched(setting["value"])}
+    return bool(setting)
 
 
 def _broken_counts(method: Method, count: int) -> Iterator[BrokenRule]:
@@ -186,7 +210,7 @@ def _wrong_form(entry: Conditional) -> str | None:
 
 def _wrong_value(parameter: Parameter, value: object) -> str | None:
     if parameter.is_switch:
-        return None if isinstance(value, bool) else "must be true or false"
+        return None if value in (False, True) else "must be true or false"  # so are 0 and 1
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "must be a number, a list of numbers, or a list of {value, filter, layers}"
     whole = "a whole number " if parameter.is_whole else ""

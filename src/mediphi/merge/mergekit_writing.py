@@ -29,9 +29,8 @@ def write_mergekit(
     """
     if merge.method == "uniform_soup":  # mergekit has no word for it
         merge = merge.model_copy(update={"method": "linear", "parameters": {"weight": 1.0}})
-    if (merge.method or "").startswith("breadcrumbs") and "density" not in merge.parameters:
-        density = METHODS["breadcrumbs"].parameter("density").default
-        stated = {**merge.parameters, "density": density}
+    if (merge.method or "").startswith("breadcrumbs"):
+        stated = {**merge.parameters, "density": _whole_density(merge.parameters.get("density"))}
         merge = merge.model_copy(update={"parameters": stated})
     own = [(str(models[name]), model.parameters) for name, model in merge.models.items()]
     body: dict[str, Any] = {"merge_method": merge.method}
@@ -57,6 +56,15 @@ def write_mergekit(
         ]
     body |= {"dtype": "float32", "out_dtype": dtype}
     return yaml.safe_dump({k: v for k, v in body.items() if v != {}}, sort_keys=False)
+
+
+def _whole_density(setting: Setting | None) -> Any:
+    """With our default where no conditional fits: mergekit has another one."""
+    default = METHODS["breadcrumbs"].parameter("density").default
+    if setting is None:
+        return default
+    entries = _conditionals(setting)
+    return (*entries, {"value": default}) if entries else setting
 
 
 def _cuts(scopes: Sequence[Settings], num_layers: int) -> list[int]:
@@ -100,6 +108,10 @@ def _cut_setting(setting: Setting, layers: Range, num_layers: int) -> Any:
                 entries.append({"value": value, "filter": entry["filter"]})
             else:
                 entries += value if _is_spelled(value) else [{"value": value}]
+            if entry.get("filter", "*") == "*":
+                break  # nothing after it is ever reached
+    if len(entries) == 1 and entries[0].keys() == {"value"}:
+        return entries[0]["value"]
     return entries or None
 
 

@@ -5,6 +5,8 @@ Slices that cut all models alike become `layers` of conditionals. What we do not
 `merge.backend=mergekit`, which gets the file as it is.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +23,22 @@ MAX_BYTES = 1_000_000
 TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype")
 MERGEKITS = ("modules", "tokenizer", "tokenizer_source", "chat_template")
 SLICE = ("sources", "parameters")
+SLICE_MERGEKITS = ("base_model", "residual_weight")
 SOURCE = ("model", "layer_range", "parameters")
 CONDITIONAL = ("value", "filter")
 MAX_LAYERS = 10_000
+MAX_VALUES = 100_000
+"""In a file whose aliases are written out."""
 LONGEST = 300
 """Characters of a problem that are shown."""
 UNUSED = ("int8_mask",)
 """A parameter that changes mergekit's memory, not its result."""
 
 THEIR_DENSITY = 1.0
-"""mergekit's default of breadcrumbs; ours is the paper's."""
+"""mergekit's default of breadcrumbs; ours is the paper's. No other default differs."""
+
+TAKEN = "base"
+"""A name that no model gets: it is the base model's."""
 
 Range = tuple[int, int]
 
@@ -65,21 +73,13 @@ def read_mergekit(path: Path) -> Recipe:
     text = _text(path)
     body = _mapping(_load(path, text), str(path))
     header = read_header(text, str(path))
-    _known_keys(body, (*TOP, *MERGEKITS), str(path))
-    for key in MERGEKITS:
-        if body.get(key) is not None and (key, body[key]) != ("tokenizer_source", "base"):
-            raise _refused(path, f"{key} is mergekit's alone: merge.backend=mergekit")
-    base = None if body.get("base_model") is None else _folder(path, body["base_model"])
+    _known_keys(body, TOP, str(path), mergekits=MERGEKITS)
     slices = list(_slices(path, body))
-    folders = list(dict.fromkeys(folder for one in slices for folder in one.own))
     method = str(body.get("merge_method"))
-    if method in METHODS and METHODS[method].base == "none":
-        folders += [base] if base and base not in folders else []
-        base = None
-    folders = [folder for folder in folders if folder != base]
+    base, folders = _base_and_models(path, body, slices)
     whole = _settings(body, str(path))
     if method.startswith("breadcrumbs"):
-        whole.setdefault("density", THEIR_DENSITY)
+        whole["density"] = _completed(whole.get("density"), THEIR_DENSITY)
     names = short_names(folders)
     own = {f: _joined([(one.layers, one.own.get(f, {})) for one in slices]) for f in folders}
     values = {
@@ -113,9 +113,12 @@ def _text(path: Path) -> str:
 
 def _load(path: Path, text: str) -> Any:
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise _refused(path, "aliases (*name) are not allowed, write it out")
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        if (node := loader.get_single_node()) is None:
+            return None
+        if _num_values(node, {}) > MAX_VALUES:
+            raise _refused(path, f"more than {MAX_VALUES} values, its aliases (*name) written out")
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or "not YAML"
@@ -124,6 +127,17 @@ def _load(path: Path, text: str) -> Any:
     except (ValueError, RecursionError) as error:  # a date that is none; thousands of brackets
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise _refused(path, f"not a merge: {why}") from None
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Nodes in and below `node` with its aliases written out, each counted once only."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # of what holds itself
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        below = [one for pair in pairs for one in pair]
+        below += node.value if isinstance(node, yaml.SequenceNode) else ()
+        known[id(node)] = 1 + sum(_num_values(one, known) for one in below)
+    return known[id(node)]
 
 
 def _refused(where: Path | str, why: str) -> ConfigError:
@@ -141,9 +155,37 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return {str(key): own for key, own in value.items()}
 
 
-def _known_keys(body: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    if unknown := [key for key in body if key not in known]:
+def _known_keys(
+    body: Mapping[str, Any], known: Sequence[str], where: str, *, mergekits: Sequence[str] = ()
+) -> None:
+    """Refuse other keys than those `known`; `mergekits` are allowed without a value."""
+    if unknown := [key for key in body if key not in (*known, *mergekits)]:
         raise _refused(where, f"unknown key {unknown[0]}; allowed: {', '.join(known)}")
+    for key in mergekits:
+        if body.get(key) is not None and (key, body[key]) != ("tokenizer_source", "base"):
+            raise _refused(where, f"{key} is mergekit's alone: merge.backend=mergekit")
+
+
+def _base_and_models(
+    path: Path, body: Mapping[str, Any], slices: Sequence[Slice]
+) -> tuple[str | None, list[str]]:
+    """Folders of the base, None where the method has none, and of the models, which all slices
+    must have, as mergekit takes them."""
+    base = None if body.get("base_model") is None else _folder(path, body["base_model"])
+    method = METHODS.get(str(body.get("merge_method")))
+    models = list(slices[0].own)
+    if method is not None and method.base == "none":
+        if base is not None and body.get("slices") is None and base not in models:
+            models.append(base)
+        base = None
+    for number, one in enumerate(slices):
+        where = f"{path}: slices[{number}]"
+        if one.own.keys() != slices[0].own.keys():
+            raise _refused(where, "has other models than slices[0]: merge.backend=mergekit")
+        if method is not None and base is not None and one.layers and base not in one.own:
+            why = f"lacks the base model {base}, which mergekit refuses, too: list it in sources"
+            raise _refused(where, why)
+    return base, [folder for folder in models if folder != base]
 
 
 def _folder(path: Path, reference: Any) -> str:
@@ -178,7 +220,7 @@ def _slices(path: Path, body: Mapping[str, Any]) -> Iterator[Slice]:
     for number, one in enumerate(body["slices"]):
         where = f"{path}: slices[{number}]"
         section = _mapping(one, where)
-        _known_keys(section, SLICE, where)
+        _known_keys(section, SLICE, where, mergekits=SLICE_MERGEKITS)
         sources = _sources(path, section.get("sources"), place=f"slices[{number}].sources")
         ranges = {_layer_range(one.get("layer_range"), where) for one in section["sources"]}
         layers = next(iter(ranges))
@@ -214,9 +256,12 @@ def _settings(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The parameters of a part of the file; of conditionals only the keys that mergekit knows."""
     found = _mapping(section.get("parameters") or {}, f"{where}: parameters")
     for name, setting in found.items():
+        place = f"{where}: parameters.{name}"
         for entry in setting if isinstance(setting, list) else [setting]:
             if isinstance(entry, dict):
-                _known_keys(_mapping(entry, where), CONDITIONAL, f"{where}: parameters.{name}")
+                _known_keys(_mapping(entry, where), CONDITIONAL, place)
+            if entry is None or (isinstance(entry, dict) and entry.get("value", 0) is None):
+                raise _refused(place, "the value is missing")
     return found
 
 
@@ -250,15 +295,27 @@ def _entries(setting: Any, layers: Range | None) -> Iterator[dict[str, Any]]:
         yield own | ({"layers": layers} if layers else {})
 
 
+def _completed(setting: Any, default: float) -> Any:
+    """A setting of the whole file with the value that it has where no conditional fits."""
+    entries = list(_entries(setting, None))
+    is_whole = any(entry.get("filter", "*") == "*" for entry in entries)
+    return setting if is_whole else [*entries, {"value": default}]
+
+
 def short_names(folders: Sequence[str]) -> dict[str, str]:
-    """A short name for every folder: its last part that tells it from the others."""
+    """A short name for every folder: its last part, with a number where that is taken."""
     found: dict[str, str] = {}
+    taken, numbers = {TAKEN}, Counter[str]()
     for folder in folders:
         path = Path(folder)
         name = path.parent.name if path.name == "model" and path.parent.name else path.name
         name = name.replace(".", "_") or "model"
-        taken = set(found.values())
-        found[folder] = name if name not in taken else f"{name}_{len(taken)}"
+        free = name
+        while free in taken:
+            numbers[name] += 1
+            free = f"{name}_{numbers[name] + 1}"
+        taken.add(free)
+        found[folder] = free
     return found
 
 
