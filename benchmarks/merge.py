@@ -7,12 +7,11 @@ Both sides read the same random bfloat16 checkpoints (a Phi-3 of 0.54 B paramete
 base plus noise), compute in float32 and write bfloat16.
 
 `merge`: `train.py stage=merge` against `mergekit-yaml`, each in a process of its own, whole,
-interleaved (A-B-B-A). Before each process its inputs are read twice and as much as its output is
-written and removed, so that neither side pays for memory that the machine has not touched for a
-while. Told: CPU-seconds (user+sys), seconds, the highest anonymous memory of the process (beside it
-that of a process that has imported torch, nothing else), the ratios mergekit / ours (median of
-paired ratios), the seconds that a plain read of all inputs and write of one output take (the
-floor), and whether both outputs are equal.
+interleaved (A-B-B-A). Before each process its inputs are read, so that neither side finds them
+colder than the other. Told: CPU-seconds (user+sys), seconds, the highest anonymous memory of the
+process (beside it that of a process that has imported torch, nothing else), the ratios mergekit /
+ours (median of paired ratios), the seconds that a plain read of all inputs and write of one output
+take (the floor), and whether both outputs are equal.
 
 `candidate`: what one more candidate of a search costs, see `merge_candidates.py`; of those methods
 among the chosen that sum deltas. It needs `pip install lm-eval==0.4.13`.
@@ -35,7 +34,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import merge_candidates
 import yaml
@@ -89,8 +88,7 @@ def compare(folder: Path, names: list[str], method: str, *, pairs: int) -> dict[
     for number in range(pairs):
         order = ("ours", "mergekit") if number % 2 == 0 else ("mergekit", "ours")
         for side in order:
-            for _ in range(2):
-                io_floor(folder, names)
+            read_inputs(folder, names)
             costs[side].append(sides[side]())
             print(method, side, costs[side][-1], file=sys.stderr, flush=True)
     floor = [io_floor(folder, names) for _ in range(2)][-1]
@@ -196,16 +194,21 @@ def importing_torch() -> float:
     return int(status[status.index("RssAnon:") + 1]) / 1024
 
 
+def read_inputs(folder: Path, names: list[str], out: BinaryIO | None = None) -> None:
+    """Read every input once; the first is written to `out` as it comes."""
+    block = bytearray(1 << 24)
+    for name in names:
+        with weights(folder / name).open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                if out is not None and name == names[0]:
+                    out.write(memoryview(block)[:count])
+
+
 def io_floor(folder: Path, names: list[str]) -> float:
     """Seconds to read every input once and to write one output, with nothing in between."""
     begun = time.perf_counter()
-    block = bytearray(1 << 24)
     with (folder / "floor").open("wb", buffering=0) as out:
-        for name in names:
-            with weights(folder / name).open("rb", buffering=0) as file:
-                while count := file.readinto(block):
-                    if name == names[0]:
-                        out.write(memoryview(block)[:count])
+        read_inputs(folder, names, out)
         os.fsync(out.fileno())
     (folder / "floor").unlink()
     return time.perf_counter() - begun
