@@ -68,7 +68,8 @@ def test_what_a_gpu_offloads_is_compared_with_the_machines_memory(
     h100 = Device("cuda", "H100", "bf16-mixed", "varlen", 2048)
     monkeypatch.setattr(case, "device", lambda: h100)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (80e9, 80e9))
-    needed = 24 * case.budget().num_trained
+    budget = case.budget()
+    needed = 4 * budget.num_parameters + 20 * budget.num_trained
     for free, status in ((needed + 1, "ok"), (needed - 1, "warning")):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
         _, host = machine.memory(case)

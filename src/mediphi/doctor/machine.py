@@ -13,8 +13,9 @@ from mediphi.resources import free_memory, num_cores
 BUSY = 0.5
 """Share of the cores that others may use before it is worth a word."""
 GB = 1e9
-OFFLOADED_BYTES = 24
-"""A parameter's: weight, gradient, its copy, master weight and two moments, all in float32."""
+FLOAT32, TRAINED_BYTES = 4, 20
+"""Of an offloaded weight; and of a trained one besides: gradient, its copy, master weight and two
+moments, all in float32."""
 MORE_MEMORY = (
     "more devices with hardware.strategy=zero3 or fsdp2, "
     "hardware.activation_checkpointing=true, a smaller hardware.micro_batch, "
@@ -129,7 +130,8 @@ def memory(case: Case) -> Iterator[Finding]:
 def _offloaded(case: Case) -> Finding:
     """What ZeRO-3 keeps in this machine's memory, of all its processes."""
     share = case.config.hardware.devices / case.config.world_size
-    needed, free = OFFLOADED_BYTES * case.budget().num_trained * share, free_memory()
+    budget, free = case.budget(), free_memory()
+    needed = (FLOAT32 * budget.num_parameters + TRAINED_BYTES * budget.num_trained) * share
     text = f"{free / GB:.1f} GB of main memory free; what is offloaded takes {needed / GB:.1f} GB"
     if needed < free:
         return ok("memory", text)
