@@ -12,16 +12,15 @@ from fitting import (
     LR,
     Progress,
     fit,
-    judged,
-    kept,
     of,
     passes_per_step,
     peer_arguments,
     peer_clock,
     peer_tokenizer,
+    serve_judged,
 )
 from measuring import DeviceMeter
-from sides import Train, serve
+from sides import Train
 from train_sides import LIGER
 
 BETA = 0.1
@@ -285,16 +284,6 @@ def make(task: Task, side: str, folder: Path) -> Train:
     return train
 
 
-def work(name: str, task_file: Path) -> None:
-    task = Task(*json.loads(task_file.read_text()))
-    known = partial(kept, task_file.with_name("reference.pt"), partial(one_by_one, task))
-
-    def prepare(folder: Path) -> Train:
-        train = make(task, name, folder)
-        return judged(train, lambda meter: judge(meter, known(), precision=task.precision))
-
-    serve(prepare, lambda offs: offs, meters=DeviceMeter)
-
-
 if __name__ == "__main__":
-    work(sys.argv[1], Path(sys.argv[2]))
+    own = Task(*json.loads(Path(sys.argv[2]).read_text()))
+    serve_judged(sys.argv[1], Path(sys.argv[2]), own, make=make, reference=one_by_one, judge=judge)

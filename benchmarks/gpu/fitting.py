@@ -1,13 +1,14 @@
 """How the sides of the GPU benchmarks train: Lightning around ours, arguments of TRL's."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measuring
 import trainers
 from measuring import DeviceMeter
-from sides import Train
+from sides import Train, serve
 
 LR = 1e-8
 """So small that the losses of all steps are those of the first weights: they can be compared."""
@@ -58,6 +59,25 @@ def judged(train: Train, judge: Callable[[DeviceMeter], dict[str, float]]) -> Tr
         return judge(meter) if meter.what == "parity" else {}
 
     return run
+
+
+def serve_judged(
+    side: str, task_file: Path, task: Any, *, make: Any, reference: Any, judge: Any
+) -> None:
+    """Serve a side whose parity run is judged before anything is timed.
+
+    Args:
+        make: of (task, side, folder), a run.
+        reference: of the task, what a parity run is compared with; made once for all sides.
+        judge: of (meter, reference) and a precision, how far a run is off.
+    """
+    known = partial(kept, task_file.with_name("reference.pt"), partial(reference, task))
+
+    def prepare(folder: Path) -> Train:
+        train = make(task, side, folder)
+        return judged(train, lambda meter: judge(meter, known(), precision=task.precision))
+
+    serve(prepare, lambda offs: offs, meters=DeviceMeter)
 
 
 class Progress:
